@@ -1,0 +1,1 @@
+"""Installed configuration files, one YAML per system and data set."""

@@ -1,0 +1,404 @@
+"""Strict configuration: YAML files checked against typed models, ``--set`` overrides, presets.
+
+A run is described by a system file (``configs/seq2exp.yaml``: what to train and how) and a data
+file (``configs/data_yeast.yaml``: on what). Unknown and duplicate keys are errors. The effective
+configuration is saved with the run as ``run.yaml`` and can be given again.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from seq2expr.errors import UserError
+
+
+class Strict(pydantic.BaseModel):
+    """A section of a configuration: unknown keys are refused, values are not changed later."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class TrackSpec(Strict):
+    """One assay: an unstranded bigWig, or one bigWig per strand.
+
+    Parameters
+    ----------
+    path
+        The bigWig, relative to the data root.
+    plus, minus
+        Instead of ``path`` for base-level targets: the bigWig of each strand, which become a
+        sense and an antisense channel.
+    scale
+        Divisor of the stored values; by default fitted to the largest.
+    """
+
+    path: str | None = None
+    plus: str | None = None
+    minus: str | None = None
+    scale: float | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_form(self) -> "TrackSpec":
+        stranded = self.plus is not None and self.minus is not None
+        if (self.path is not None) == stranded or (self.plus is None) != (self.minus is None):
+            raise ValueError("give either path, or plus and minus")
+        return self
+
+
+class TargetSpec(Strict):
+    """One gene-level target, computed from columns of the expression table.
+
+    Parameters
+    ----------
+    columns
+        Columns whose mean over the non-empty cells is taken.
+    transform
+        Applied to the mean m: ``none`` m, ``log1p`` ln(1 + m), ``log2p1`` log2(1 + m),
+        ``log10p1`` log10(1 + m).
+    weight
+        Weight of the target in the loss.
+    """
+
+    columns: list[str] = pydantic.Field(min_length=1)
+    transform: Literal["none", "log1p", "log2p1", "log10p1"] = "none"
+    weight: float = 1.0
+
+
+class CategorySpec(Strict):
+    """A category per gene, used as a control and to report subsets; never an input.
+
+    Parameters
+    ----------
+    path
+        Tab-separated table, relative to the data root.
+    id, value
+        Column of the gene id and of the category: names, or 1-based numbers without a header.
+    report
+        Values for which every metric is given again, on the genes of that value alone.
+    """
+
+    path: str
+    id: str | int
+    value: str | int
+    report: list[str] = []
+
+
+class FeatureSpec(Strict):
+    """Per-gene features beside the window.
+
+    Parameters
+    ----------
+    computed
+        Groups computed from GTF and genome (see :mod:`seq2expr.dna.features`).
+    table
+        A table with ``gene_id`` and numeric columns, relative to the data root.
+    """
+
+    computed: list[Literal["lengths", "gc", "codons", "neighbours"]] = []
+    table: str | None = None
+
+
+class SplitSpec(Strict):
+    """Which chromosomes are held out; all others train."""
+
+    test: list[str] = []
+    valid: list[str] = []
+    allow_leaky: bool = False
+
+
+class DataConfig(Strict):
+    """The data set: inputs, labels and split (``data:`` of a run).
+
+    Paths are relative to the data root. ``tracks`` lists inputs only; ``target_tracks`` are
+    base-level labels and never accepted as inputs.
+    """
+
+    name: str
+    genome: str
+    gtf: str
+    tracks: dict[str, TrackSpec] = {}
+    target_tracks: dict[str, TrackSpec] = {}
+    expression: str
+    targets: dict[str, TargetSpec] = pydantic.Field(min_length=1)
+    features: FeatureSpec = FeatureSpec()
+    contacts: str | None = None
+    blacklist: str | None = None
+    tss_rule: str = "gene"
+    tss: str | None = None
+    chrom_map: Literal["auto"] | str | None = None
+    biotypes: list[str] = []
+    exclude_chroms: list[str] = []
+    dtype: Literal["float16", "float32"] = "float16"
+    split: SplitSpec = SplitSpec()
+    paralogues: CategorySpec | None = None
+    categories: dict[str, CategorySpec] = {}
+
+    @pydantic.field_validator("tracks", "target_tracks", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _apart(self) -> "DataConfig":
+        both = sorted(set(self.tracks) & set(self.target_tracks))
+        if both:
+            raise ValueError(f"{both[0]!r} is an input and a target track; it can be only one")
+        stranded = [name for name, track in self.tracks.items() if track.path is None]
+        if stranded:
+            raise ValueError(f"input track {stranded[0]!r} needs a path (one bigWig)")
+        return self
+
+
+class TrainConfig(Strict):
+    """How a system is trained.
+
+    Parameters
+    ----------
+    epochs, batch_size, learning_rate, weight_decay, betas, warmup_ratio, max_grad_norm
+        As in ``transformers.TrainingArguments``; ``batch_size`` is over all processes.
+    scheduler, scheduler_settings
+        Learning-rate schedule of transformers, and its keyword arguments.
+    patience
+        Epochs without a better validation loss after which training stops; the best epoch is
+        kept.
+    bf16
+        bfloat16 autocast.
+    compile
+        ``torch.compile`` the model.
+    jitter_bp
+        Largest random shift of a training window, in bp.
+    reverse_complement
+        Probability with which a training window is read from the other strand, with its tracks.
+    members
+        Number of models with consecutive seeds; more than one makes an ensemble.
+    rotate_valid
+        Give each member other validation chromosomes (drawn from the training chromosomes by
+        gene number), so that together they see all of them.
+    seed
+        Seed of the first member.
+    """
+
+    epochs: int = pydantic.Field(30, ge=1)
+    batch_size: int = pydantic.Field(64, ge=1)
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.05
+    max_grad_norm: float = 1.0
+    scheduler: str = "cosine"
+    scheduler_settings: dict[str, float] = {}
+    patience: int = pydantic.Field(10, ge=1)
+    bf16: bool = False
+    compile: bool = False
+    jitter_bp: int = pydantic.Field(0, ge=0)
+    reverse_complement: float = pydantic.Field(0.0, ge=0, le=1)
+    members: int = pydantic.Field(1, ge=1)
+    rotate_valid: bool = False
+    seed: int = 0
+
+
+class RunConfig(Strict):
+    """The effective configuration of a run, saved as ``run.yaml``.
+
+    Parameters
+    ----------
+    system
+        Name in the registry.
+    preset
+        Which entry of the file's ``presets`` was merged in, or ``default``.
+    model
+        Settings of the system, checked by its configuration class.
+    train
+        Training settings.
+    data
+        The data set.
+    controls
+        Also train the twins (promoter-only, unmasked) that ``evaluate`` reads.
+    """
+
+    system: str
+    preset: str = "default"
+    model: dict[str, Any] = {}
+    train: TrainConfig = TrainConfig()
+    data: DataConfig
+    controls: bool = False
+
+
+def load_run_config(
+    config: str | os.PathLike,
+    *,
+    data: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Read, merge and check the configuration of a run.
+
+    Parameters
+    ----------
+    config
+        System file: a path, or the name of an installed one (``seq2exp`` or
+        ``configs/seq2exp.yaml``). It may hold ``presets: {NAME: {...}}``, merged over the rest
+        when ``preset`` names one.
+    data
+        Data file; without it ``config`` must have a ``data`` section.
+    overrides
+        ``key.sub=value`` texts; the value is read as YAML.
+
+    Raises
+    ------
+    UserError
+        On a missing file, an unknown or duplicate key, or a value of the wrong type.
+    """
+    tree = read_yaml(config)
+    presets = tree.pop("presets", {}) or {}
+    if data is not None:
+        tree["data"] = read_yaml(data)
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        _assign(changes, text)
+    preset = changes.get("preset", tree.get("preset", "default"))
+    if preset != "default":
+        if preset not in presets:
+            raise UserError(
+                f"Unknown preset {preset!r} in {config}; it has default"
+                + "".join(f", {name}" for name in presets)
+                + "."
+            )
+        tree = merge(tree, presets[preset])
+    tree = merge(tree, changes)
+    if "data" not in tree:
+        raise UserError(f"{config} has no data section; name a data set with --data FILE.")
+    return parse_run_config(tree, where=str(config))
+
+
+def parse_run_config(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+    """Check a configuration tree.
+
+    Raises
+    ------
+    UserError
+        Naming the first key that does not fit, its value and what is allowed.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from error
+
+
+def read_yaml(source: str | os.PathLike) -> dict[str, Any]:
+    """Read a YAML file given by path or as an installed configuration; duplicate keys refused."""
+    text, where = _find(source)
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is no valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} must hold a mapping of keys to values.")
+    return tree
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Write a configuration as YAML text that reads back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; anything else is replaced."""
+    out = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if nested else value
+    return out
+
+
+def installed() -> list[str]:
+    """Return the names of the installed configuration files."""
+    folder = resources.files("seq2expr.configs")
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _find(source: str | os.PathLike) -> tuple[str, str]:
+    """Return the text and the name of a configuration file."""
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    name = path.name.removesuffix(".yaml")
+    if name in installed() and path.parent in (Path("."), Path("configs")):
+        text = resources.files("seq2expr.configs").joinpath(f"{name}.yaml").read_text("utf-8")
+        return text, f"installed {name}.yaml"
+    raise UserError(
+        f"No configuration {str(source)!r}: no such file, and not among the installed ones "
+        f"({', '.join(installed())})."
+    )
+
+
+def _assign(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes key=value, for example train.epochs=5; got {text!r}.")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {text!r} contradicts an earlier --set of {parent!r}.")
+    try:
+        tree[leaf] = yaml.load(value, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text!r}: the value is no valid YAML.") from error
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "extra_forbidden":
+        section = _section(first["loc"][:-1])
+        allowed = f" Known keys there: {', '.join(section)}." if section else ""
+        return f"unknown key {where!r}.{allowed}"
+    if first["type"] == "missing":
+        return f"key {where!r} is missing; add it."
+    return f"{where} = {first['input']!r} is not allowed: {first['msg']}."
+
+
+def _section(path: Sequence[str | int]) -> list[str]:
+    """Return the keys that the section at ``path`` knows (empty inside named entries)."""
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, Strict)):
+            return []
+    return list(model.model_fields)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 1e-3 as a number."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise UserError(
+                f"Duplicate key {key!r} in line {key_node.start_mark.line + 1} of the "
+                "configuration; keep one of them."
+            )
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+# YAML 1.1 wants a dot in "1e-3" and reads it as text otherwise.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,1 @@
+"""DNA side: genome, genes, tracks and the windows cut from them."""

@@ -1,0 +1,1 @@
+"""Which stretches of DNA drive a prediction."""

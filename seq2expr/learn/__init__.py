@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction; none of it knows a system by name."""

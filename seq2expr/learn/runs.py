@@ -1,0 +1,123 @@
+"""Run directories: what is in one, whether it is finished, and how it is loaded.
+
+``RUN/`` holds ``run.yaml`` (effective configuration), the checkpoint (``config.json`` and
+``model.safetensors``, or ``members/0``, ``members/1``, ... of an ensemble), ``metrics.json``,
+``twins/`` where controls were trained, and, written last, ``manifest.json``.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from seq2expr.config import RunConfig, dump_yaml, parse_run_config, read_yaml
+from seq2expr.errors import UserError
+from seq2expr.model.system import Ensemble, System
+from seq2expr.store import file_digest, unwritable, write_text
+
+_LIBRARIES = ("seq2expr", "torch", "transformers", "numpy", "pyBigWig", "pyfaidx")
+
+
+def start_run(out: Path, config: RunConfig) -> bool:
+    """Claim a run directory, or recognise it as the same run begun before.
+
+    Returns
+    -------
+    True when the run is already finished.
+
+    Raises
+    ------
+    UserError
+        When the directory belongs to another configuration or holds other files, or cannot be
+        written.
+    """
+    text = dump_yaml(config)
+    known = out / "run.yaml"
+    if known.is_file():
+        if known.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{out} holds a run of another configuration (see {known}). "
+                "Choose another --out, or remove it."
+            )
+        return (out / "manifest.json").is_file()
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is no run; choose another --out, or empty it.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    write_text(known, text)
+    return False
+
+
+def finish_run(
+    out: Path, *, root: Path, sources: Mapping[str, Path], seed: int, notes: Mapping[str, Any]
+) -> None:
+    """Write the manifest: hash of every input, versions, seed, and counts."""
+    manifest = {
+        "inputs": {
+            role: {"file": os.fspath(path), "blake2b": file_digest(path)}
+            for role, path in sources.items()
+        },
+        "root": str(root.resolve()),
+        "versions": {name: metadata.version(name) for name in _LIBRARIES}
+        | {"python": platform.python_version()},
+        "seed": seed,
+        **notes,
+    }
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def find_run(run: str | os.PathLike) -> Path:
+    """Return the directory of a run given by path or hub id.
+
+    Raises
+    ------
+    UserError
+        When there is no such run, or it was never finished.
+    """
+    path = Path(run)
+    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        return _from_hub(str(run))
+    if not (path / "config.json").is_file() and not (path / "members").is_dir():
+        what = "has no finished training" if (path / "run.yaml").is_file() else "is no run"
+        raise UserError(
+            f"{path} {what}. Give a directory made by `seq2expr train`, or a hub id; "
+            "an interrupted training goes on when the same command is given again."
+        )
+    return path
+
+
+def load_run(run: str | os.PathLike) -> System | Ensemble:
+    """Load the model of a run in evaluation mode."""
+    path = find_run(run)
+    try:
+        return System.from_pretrained(path).eval()
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} cannot be loaded: {error}. Train or fetch it again.") from error
+
+
+def run_config(run: Path) -> RunConfig:
+    """Read the effective configuration of a run."""
+    return parse_run_config(read_yaml(run / "run.yaml"), where=str(run / "run.yaml"))
+
+
+def run_manifest(run: Path) -> dict[str, Any]:
+    """Read the manifest of a finished run."""
+    return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"{name!r} is neither a directory nor a model that can be fetched from the hub: "
+            f"{type(error).__name__}. Check the path, or the hub id and the connection."
+        ) from error

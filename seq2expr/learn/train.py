@@ -1,0 +1,241 @@
+"""Train a system from raw files: open the data, fit scalers, train members, save the run."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+
+from seq2expr.config import RunConfig, load_run_config
+from seq2expr.dna.features import FeatureScaler
+from seq2expr.dna.normalise import fit_signal
+from seq2expr.dna.windows import Windows
+from seq2expr.errors import UserError
+from seq2expr.learn.dataset import GeneCollator, GeneData, gene_rows, open_data
+from seq2expr.learn.runs import finish_run, start_run
+from seq2expr.learn.splits import folds
+from seq2expr.learn.trainer import fit
+from seq2expr.model.system import System, SystemConfig, check_settings, system_class
+from seq2expr.store import write_text
+
+log = logging.getLogger(__name__)
+
+_ROTATION = 8
+"""With ``rotate_valid``, a member validates on about this fraction of the genes (one eighth)."""
+
+
+def train(
+    config: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    data: str | os.PathLike | None = None,
+    root: str | os.PathLike = ".",
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Train a system and write a run directory.
+
+    The same call on the same directory goes on where an interrupted one stopped, and returns at
+    once when the run is finished.
+
+    Parameters
+    ----------
+    config
+        System configuration: a path, or the name of an installed one.
+    out
+        Run directory.
+    data
+        Data configuration, likewise.
+    root
+        What relative paths of the data configuration start from.
+    overrides
+        ``key.sub=value`` texts.
+
+    Returns
+    -------
+    The run directory.
+
+    Raises
+    ------
+    UserError
+        On anything in the configuration or the files that does not fit.
+    """
+    return train_run(load_run_config(config, data=data, overrides=overrides), Path(root), Path(out))
+
+
+def train_run(config: RunConfig, root: Path, out: Path) -> Path:
+    """Train the run that a checked configuration describes."""
+    system = system_class(config.system)
+    check_settings(system.config_class, config.model)
+    template = system.config_class(**config.model)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        finished = start_run(out, config)
+    if finished:
+        log.info("%s is finished already; remove it to train again.", out)
+        return out
+    with state.main_process_first():
+        data = open_data(config.data, root, bin_bp=template.bin_bp)
+        windows = data.inputs.windows(
+            width=template.width,
+            tss_index=template.tss_index,
+            stranded=template.stranded,
+            profiles=True,
+        )
+    task = _prepare(config, system, data, windows)
+    summaries = []
+    for member in range(config.train.members):
+        place = out if config.train.members == 1 else out / "members" / str(member)
+        summaries.append(_train_member(task, member, place, out / "checkpoints" / str(member)))
+    if config.controls:
+        for name, change in system.twins.items():
+            twin = config.model_copy(
+                update={"model": config.model | change, "controls": False}
+            )
+            train_run(twin, root, out / "twins" / name)
+    if state.is_main_process:
+        write_text(out / "metrics.json", json.dumps({"members": summaries}, indent=1) + "\n")
+        finish_run(
+            out,
+            root=root,
+            sources=data.inputs.files.sources() | {"expression": root / config.data.expression},
+            seed=config.train.seed,
+            notes={"genes": _counts(data, windows), "leaky": data.split.leaky},
+        )
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    state.wait_for_everyone()
+    return out
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything that the members of a run share."""
+
+    config: RunConfig
+    system: type[System]
+    data: GeneData
+    windows: Windows
+    model_config: SystemConfig
+    features: np.ndarray | None
+
+
+def _prepare(
+    config: RunConfig, system: type[System], data: GeneData, windows: Windows
+) -> _Task:
+    """Fit all scalers on the training genes of the run."""
+    rows = _training_rows(config, data)
+    if not len(rows):
+        raise UserError("No training gene is left; check split, biotypes and exclude_chroms.")
+    targets = data.targets.iloc[rows]
+    if targets.iloc[:, 0].notna().sum() < 2:
+        raise UserError(
+            f"Target {targets.columns[0]!r} has fewer than two training values; check its columns."
+        )
+    spread = targets.std(ddof=0).fillna(0.0)
+    fitted: dict[str, Any] = {
+        "targets": list(targets.columns),
+        "target_mean": targets.mean().fillna(0.0).tolist(),
+        "target_sd": spread.where(spread > 0, 1.0).tolist(),
+        "target_weight": [spec.weight for spec in config.data.targets.values()],
+        "profiles": list(data.inputs.files.profiles),
+        "tss_rule": config.data.tss_rule,
+        "feature_groups": list(config.data.features.computed),
+    }
+    if len(windows.scales):
+        center, spread, mean = fit_signal(windows, windows.sites(data.genes.iloc[rows]))
+        fitted |= {"tracks": data.inputs.channels, "signal_center": center}
+        fitted |= {"signal_spread": spread, "signal_mean": mean}
+    features = None
+    if data.features.shape[1]:
+        scaler = FeatureScaler.fit(data.features.iloc[rows])
+        for name, reason in scaler.dropped.items():
+            log.warning("Feature %s is left out: %s in training.", name, reason)
+        features = scaler.transform(data.features)
+        fitted |= {"features": scaler.to_dict(), "n_features": features.shape[1]}
+    model_config = system.config_class(**config.model, **fitted)
+    return _Task(config, system, data, windows, model_config, features)
+
+
+def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> dict[str, Any]:
+    """Train one member, or read its summary where it is done."""
+    summary = place / "member.json"
+    if summary.is_file():
+        return json.loads(summary.read_text(encoding="utf-8"))
+    config = task.config.train
+    seed = config.seed + member
+    train_rows, valid_rows, valid = _member_rows(task.config, task.data, member)
+    transformers.set_seed(seed)
+    model = task.system(task.model_config)
+    plain = GeneCollator(task.windows)
+    history = fit(
+        model,
+        train=gene_rows(task.data, train_rows, task.windows, task.features),
+        valid=gene_rows(task.data, valid_rows, task.windows, task.features),
+        collator=GeneCollator(
+            task.windows, config.jitter_bp, config.reverse_complement, seed=seed
+        ),
+        plain=plain,
+        config=config,
+        seed=seed,
+        checkpoints=checkpoints,
+    )
+    found = {
+        "seed": seed,
+        "valid_chromosomes": valid,
+        "n_train": len(train_rows),
+        "n_valid": len(valid_rows),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "history": [_readable(entry) for entry in history],
+    }
+    if PartialState().is_main_process:
+        model.save_pretrained(place)
+        write_text(summary, json.dumps(found, indent=1) + "\n")
+        best = min((e["eval_mse"] for e in history if "eval_mse" in e), default=float("nan"))
+        log.info("Member %d (seed %d): validation MSE %.4f.", member, seed, best)
+    PartialState().wait_for_everyone()
+    return found
+
+
+def _training_rows(config: RunConfig, data: GeneData) -> np.ndarray:
+    """Genes that at least one member trains on."""
+    return data.rows("train", "valid") if config.train.rotate_valid else data.rows("train")
+
+
+def _member_rows(
+    config: RunConfig, data: GeneData, member: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return training rows, validation rows and validation chromosomes of a member."""
+    if not config.train.rotate_valid:
+        valid = list(data.split.valid)
+        return data.rows("train"), data.rows("valid"), valid
+    pool = data.rows("train", "valid")
+    chroms = data.genes["chrom"].iloc[pool]
+    counts = chroms.value_counts(sort=False).to_dict()
+    n_folds = min(max(config.train.members, _ROTATION), len(counts))
+    valid = list(folds(counts, n_folds=n_folds, n_valid_share=0.1, seed=0)[member % n_folds].test)
+    held = chroms.isin(valid).to_numpy()
+    return pool[~held], pool[held], valid
+
+
+def _readable(entry: dict[str, Any]) -> dict[str, Any]:
+    """Keep what does not depend on the speed of the machine."""
+    timing = ("_runtime", "_per_second", "total_flos")
+    return {key: value for key, value in entry.items() if not key.endswith(timing)}
+
+
+def _counts(data: GeneData, windows: Windows) -> dict[str, Any]:
+    """Genes by part, and what was left out or cut at chromosome ends."""
+    padded = windows.padded(windows.sites(data.genes))
+    return {
+        "by_part": {str(k): int(v) for k, v in data.part.value_counts().items()},
+        "windows_past_a_chromosome_end": int(padded.sum()),
+        "masked_target_cells": int(data.targets.isna().to_numpy().sum()),
+        "left_out": dict(data.left_out),
+    }

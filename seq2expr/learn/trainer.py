@@ -1,0 +1,200 @@
+"""``transformers.Trainer`` for systems: named losses, exact resume, early stopping."""
+
+import shutil
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from seq2expr.config import TrainConfig
+from seq2expr.learn.dataset import GeneCollator
+from seq2expr.model.system import System
+from seq2expr.progress import wants_progress
+
+_COMPLETE = "complete"
+
+
+class SystemTrainer(transformers.Trainer):
+    """Trainer that logs the named losses of a system."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leave biases, norms and what a layer marks ``_no_weight_decay`` undecayed."""
+        names = set(super().get_decay_parameter_names(model))
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if name in names and not getattr(parameter, "_no_weight_decay", False)
+        ]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Return the system's own loss and remember its parts."""
+        answer = model(**inputs)
+        if model.training:
+            for name, value in (answer.losses or {}).items():
+                self._parts[name].append(value)
+        return (answer.loss, answer) if return_outputs else answer.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each named loss since the last log."""
+        if "loss" in logs:
+            for name, values in self._parts.items():
+                logs[f"loss_{name}"] = float(torch.stack(values).mean())
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+class _Epochs(TrainerCallback):
+    """Tell the collator the epoch, and mark checkpoints that are complete."""
+
+    def __init__(self, collator: GeneCollator):
+        self._collator = collator
+
+    def on_epoch_begin(self, args, state, control, **_: Any) -> None:  # noqa: ANN001
+        self._collator.epoch = int(state.epoch or 0)
+
+    def on_save(self, args, state, control, **_: Any) -> None:  # noqa: ANN001
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / _COMPLETE).touch()
+
+
+def fit(
+    model: System,
+    *,
+    train: Dataset,
+    valid: Dataset,
+    collator: GeneCollator,
+    plain: GeneCollator,
+    config: TrainConfig,
+    seed: int,
+    checkpoints: Path,
+) -> list[dict[str, Any]]:
+    """Train a system; on return it holds the weights of its best epoch.
+
+    Parameters
+    ----------
+    model
+        The system.
+    train, valid
+        Rows of each part; the epoch with the lowest validation error of the first target wins.
+    collator, plain
+        With augmentation, for training; without, for validation.
+    config
+        Training settings.
+    seed
+        Of initial shuffling, dropout and sampling.
+    checkpoints
+        Where checkpoints go. Training resumes at the last complete one and then runs exactly as
+        it would have run uninterrupted.
+
+    Returns
+    -------
+    The log: one entry per epoch and part.
+    """
+    resume = last_checkpoint(checkpoints)
+    trainer = SystemTrainer(
+        model=model,
+        args=_arguments(config, seed, checkpoints),
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=valid,
+        compute_metrics=_score_first_target,
+        callbacks=[_Epochs(collator), EarlyStoppingCallback(config.patience)],
+    )
+    # Validation windows are never augmented; the trainer has one collator for both.
+    trainer.get_eval_dataloader = _with_collator(trainer, trainer.get_eval_dataloader, plain)
+    trainer.remove_callback(transformers.PrinterCallback)
+    with warnings.catch_warnings():
+        # PyTorch warns about its own scheduler order when a first step is skipped.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        trainer.train(
+            resume_from_checkpoint=str(resume) if resume else None,
+            ignore_keys_for_eval=["importance", "profile", "losses"],
+        )
+    return trainer.state.log_history
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest complete checkpoint, removing incomplete ones (killed while saved)."""
+    found = {}
+    for path in checkpoints.glob("checkpoint-*"):
+        if (path / _COMPLETE).is_file():
+            found[int(path.name.rpartition("-")[2])] = path
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return found[max(found)] if found else None
+
+
+def _arguments(config: TrainConfig, seed: int, checkpoints: Path) -> TrainingArguments:
+    cpu = not torch.cuda.is_available()
+    processes = transformers.training_args.PartialState(cpu=cpu).num_processes
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=max(config.batch_size // processes, 1),
+        per_device_eval_batch_size=max(config.batch_size // processes, 1),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.scheduler,
+        lr_scheduler_kwargs=config.scheduler_settings,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        torch_compile=config.compile,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mse",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        label_names=["target", "target_mask"],
+        report_to="none",
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        disable_tqdm=not wants_progress(),
+        log_level="error",
+    )
+
+
+def _with_collator(trainer: SystemTrainer, make: Any, collator: GeneCollator) -> Any:
+    """Wrap a data-loader factory so that it uses another collator."""
+
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        usual, trainer.data_collator = trainer.data_collator, collator
+        try:
+            return make(*args, **kwargs)
+        finally:
+            trainer.data_collator = usual
+
+    return loader
+
+
+def _score_first_target(evaluation: transformers.EvalPrediction) -> dict[str, float]:
+    """Validation error and correlation of the first target."""
+    predicted = evaluation.predictions
+    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+    truth, known = (values[:, 0] for values in evaluation.label_ids)
+    known = known.astype(bool)
+    truth, predicted = truth[known].astype(np.float64), predicted[known, 0].astype(np.float64)
+    scores = {"mse": float(np.mean((truth - predicted) ** 2))}
+    if truth.std() > 0 and predicted.std() > 0:
+        scores["pearson_across_genes"] = float(np.corrcoef(truth, predicted)[0, 1])
+    return scores

@@ -1,0 +1,1 @@
+"""Network parts that every system shares: batch, system, heads, losses, backbones."""

@@ -1,0 +1,96 @@
+"""The types that flow through every system: Batch → Encoded → Prediction.
+
+Axes: B rows, L bases, S signal channels, K profile channels, F features, G targets, D width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Batch(ModelOutput):
+    """One batch of sites. Absent fields are ``None``; ``ids`` are always there.
+
+    Parameters
+    ----------
+    ids
+        Row identifiers (gene ids), length B.
+    codes
+        uint8 [B, L]: A0 C1 G2 T3 N4, transcribed orientation.
+    signal
+        Stored track values [B, S, L/bin]; physical value = ``signal * signal_scale``.
+    signal_scale
+        float32 [S].
+    keep
+        bool [B, L], False beyond a chromosome end and on blacklisted bases; ``None``: all count.
+    profile
+        Stored values of base-level targets [B, K, L/bin], with ``profile_scale`` float32 [K].
+    profile_scale
+        float32 [K].
+    features
+        Standardised per-gene features, float32 [B, F].
+    target
+        Gene-level targets, float32 [B, G] (0 where masked).
+    target_mask
+        bool [B, G], False where the table has no value.
+    """
+
+    ids: list[str] | None = None
+    codes: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+    signal_scale: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    profile: torch.Tensor | None = None
+    profile_scale: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    target_mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a system says of a site.
+
+    Parameters
+    ----------
+    site
+        Site embedding [B, D].
+    positions
+        Embedding along the window [B, P, D], P dividing L, where the system has one.
+    importance
+        The system's own importance of every base [B, L], where it has one.
+    losses
+        Named extra losses, already weighted.
+    """
+
+    site: torch.Tensor
+    positions: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Prediction(ModelOutput):
+    """What a system answers.
+
+    Parameters
+    ----------
+    loss
+        Sum of all losses, where the batch has targets.
+    mean
+        Predicted targets [B, G], in the units of the targets.
+    importance
+        Importance of every base [B, L], where the system has one.
+    profile
+        Predicted ln(1 + value) of the base-level targets [B, K, L/bin], where trained.
+    losses
+        The named parts of ``loss``.
+    """
+
+    loss: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    profile: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None

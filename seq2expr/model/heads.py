@@ -1,0 +1,125 @@
+"""The one head: from a site embedding to expression, for every system."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seq2expr.model.layers import resample
+
+HeadKind = Literal["linear", "mlp", "identity"]
+
+
+class ExpressionHead(nn.Module):
+    """Predict targets from a site embedding.
+
+    The network works in standardised units, (target - mean) / sd with mean and sd of the training
+    rows; answers are in the units of the targets.
+
+    Parameters
+    ----------
+    d_in
+        Width of the site embedding.
+    targets
+        Names of the G targets.
+    kind
+        ``linear``, ``mlp`` (``depth`` hidden layers), or ``identity`` (the site embedding is the
+        answer).
+    hidden, depth, dropout
+        Of the MLP.
+    mean, sd
+        Scaling fitted on training rows, by default 0 and 1.
+    weights
+        Weight of each target in the loss.
+    loss
+        ``smooth_l1`` (β = 1) or ``mse``, on standardised units.
+    activation
+        ``relu`` or ``gelu``.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        targets: Sequence[str],
+        *,
+        kind: HeadKind = "mlp",
+        hidden: int = 128,
+        depth: int = 2,
+        dropout: float = 0.0,
+        mean: Sequence[float] | None = None,
+        sd: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
+        loss: Literal["smooth_l1", "mse"] = "smooth_l1",
+        activation: Literal["relu", "gelu"] = "relu",
+    ):
+        super().__init__()
+        self.targets = list(targets)
+        self.loss_kind = loss
+        count = len(self.targets)
+        act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
+        if kind == "identity":
+            self.net = nn.Identity()
+        elif kind == "linear":
+            self.net = nn.Linear(d_in, count)
+        else:
+            layers: list[nn.Module] = []
+            for layer in range(depth):
+                layers += [nn.Linear(hidden if layer else d_in, hidden), act()]
+                layers += [nn.Dropout(dropout)] if dropout else []
+            self.net = nn.Sequential(*layers, nn.Linear(hidden if depth else d_in, count))
+        self.register_buffer("mean", torch.tensor(list(mean or [0.0] * count)))
+        self.register_buffer("sd", torch.tensor(list(sd or [1.0] * count)))
+        self.register_buffer("weights", torch.tensor(list(weights or [1.0] * count)))
+
+    def forward(self, site: Tensor) -> Tensor:
+        """Predict targets [B, G] from sites [B, D]."""
+        return self.net(site).float() * self.sd + self.mean
+
+    def loss(self, predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the weighted mean loss over the cells that have a target.
+
+        Parameters
+        ----------
+        predicted, target
+            [B, G], in the units of the targets.
+        mask
+            bool [B, G], False where there is no target.
+        """
+        weights = self.weights.expand_as(predicted)
+        if mask is not None:
+            weights = weights * mask
+        measure = F.smooth_l1_loss if self.loss_kind == "smooth_l1" else F.mse_loss
+        losses = measure(
+            (predicted - self.mean) / self.sd, (target - self.mean) / self.sd, reduction="none"
+        )
+        return (losses * weights).sum() / weights.sum().clamp_min(1e-8)
+
+
+class ProfileHead(nn.Module):
+    """Predict base-level tracks from positions: ln(1 + value) per bin.
+
+    Parameters
+    ----------
+    d_model
+        Width of the positions.
+    channels
+        Number K of profile channels.
+    bins
+        Number of bins of a window.
+    """
+
+    def __init__(self, d_model: int, channels: int, bins: int):
+        super().__init__()
+        self.bins = bins
+        self.out = nn.Linear(d_model, channels)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Predict [B, K, bins] from positions [B, P, D]."""
+        return resample(self.out(positions), self.bins).transpose(1, 2).float()
+
+    def loss(self, predicted: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        """Return the mean squared error of ln(1 + value); values stored as ``value / scale``."""
+        physical = values.float() * scale.view(-1, 1)
+        return F.mse_loss(predicted, torch.log1p(physical.abs()))

@@ -1,0 +1,98 @@
+"""Small layers that several systems share."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seq2expr.errors import UserError
+
+
+class SignalNorm(nn.Module):
+    """Bring tracks of any depth to one scale: y = sign(x) ln(1 + |x| / c) / s.
+
+    ``c`` is the mean of the non-zero values and ``s`` the standard deviation of ln(1 + |x| / c),
+    both per track over the training windows. A bigWig of twice the depth gives the same y.
+
+    Parameters
+    ----------
+    center, spread
+        c and s of each track; ``None`` passes values through unchanged.
+    """
+
+    def __init__(self, center: list[float] | None, spread: list[float] | None):
+        super().__init__()
+        self.active = center is not None
+        self.register_buffer("center", torch.tensor(center or [1.0]))
+        self.register_buffer("spread", torch.tensor(spread or [1.0]))
+
+    def forward(self, signal: Tensor, scale: Tensor) -> Tensor:
+        """Normalise stored values.
+
+        Parameters
+        ----------
+        signal
+            Stored values [B, S, P].
+        scale
+            Factor from stored to physical value [S].
+        """
+        values = signal.float() * scale.view(-1, 1)
+        if not self.active:
+            return values
+        size = torch.log1p(values.abs() / self.center.view(-1, 1)) / self.spread.view(-1, 1)
+        return torch.copysign(size, values)
+
+
+def one_hot(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn codes [B, L] into one-hot [B, L, 4]; N is all zero."""
+    return (codes.unsqueeze(-1) == torch.arange(4, device=codes.device)).to(dtype)
+
+
+def spread_bins(values: Tensor, length: int) -> Tensor:
+    """Repeat values of bins to ``length`` positions along the last axis."""
+    repeat = length // values.shape[-1]
+    return values if repeat == 1 else values.repeat_interleave(repeat, dim=-1)
+
+
+def resample(values: Tensor, length: int) -> Tensor:
+    """Bring [B, P, D] to ``length`` positions: mean over groups, or repetition.
+
+    Raises
+    ------
+    UserError
+        When neither length divides the other.
+    """
+    positions = values.shape[1]
+    if positions == length:
+        return values
+    if positions % length == 0:
+        return F.avg_pool1d(values.transpose(1, 2), positions // length).transpose(1, 2)
+    if length % positions == 0:
+        return values.repeat_interleave(length // positions, dim=1)
+    raise UserError(
+        f"{positions} positions cannot be resampled to {length} bins; choose bin_bp and the "
+        "strides of the backbone so that one divides the other."
+    )
+
+
+class AttentionPool(nn.Module):
+    """Weighted mean over positions, with learned weights softmax(w · x).
+
+    Parameters
+    ----------
+    d_model
+        Width of the positions.
+    heads
+        Number of weightings; each pools its own slice of the width.
+    """
+
+    def __init__(self, d_model: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.score = nn.Linear(d_model, heads)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Pool [B, P, D] to [B, D]."""
+        rows, length, width = positions.shape
+        weights = self.score(positions).float().softmax(dim=1).to(positions.dtype)
+        slices = positions.view(rows, length, self.heads, width // self.heads)
+        return torch.einsum("bph,bphd->bhd", weights, slices).reshape(rows, width)

@@ -1,0 +1,227 @@
+"""The base of every system: configuration, checkpoint, ``encode`` → head → prediction."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from seq2expr.errors import UserError
+from seq2expr.model.batch import Batch, Encoded, Prediction
+from seq2expr.model.heads import ExpressionHead, ProfileHead
+
+
+class SystemConfig(PreTrainedConfig):
+    """What every system that reads windows knows of its inputs and targets.
+
+    Parameters
+    ----------
+    width, tss_index, bin_bp
+        Geometry of the window (bp); ``tss_index`` None means the middle.
+    stranded
+        Windows in transcribed orientation (False: always the plus strand).
+    tracks
+        Names of the input channels, in order.
+    signal_center, signal_spread
+        Normalisation of each channel (see :class:`seq2expr.model.layers.SignalNorm`).
+    signal_mean
+        Mean of each normalised channel over training windows, in units of its spread.
+    profiles
+        Names of the base-level target channels.
+    targets
+        Names of the gene-level targets.
+    target_mean, target_sd, target_weight
+        Scaling fitted on training rows, and loss weights.
+    features
+        State of the fitted feature scaler, or None.
+    n_features
+        Number of feature columns after scaling.
+    feature_groups
+        Groups of features computed from annotation and genome.
+    tss_rule
+        How the TSS followed from the annotation.
+    head
+        Settings of the :class:`seq2expr.model.heads.ExpressionHead`.
+    profile_weight
+        Weight of the base-level loss.
+    """
+
+    model_type: ClassVar[str] = "seq2expr"
+
+    width: int = 2048
+    tss_index: int | None = None
+    bin_bp: int = 1
+    stranded: bool = True
+    tracks: list[str] | None = None
+    signal_center: list[float] | None = None
+    signal_spread: list[float] | None = None
+    signal_mean: list[float] | None = None
+    profiles: list[str] | None = None
+    targets: list[str] | None = None
+    target_mean: list[float] | None = None
+    target_sd: list[float] | None = None
+    target_weight: list[float] | None = None
+    features: dict | None = None
+    n_features: int = 0
+    feature_groups: list[str] | None = None
+    tss_rule: str = "gene"
+    head: dict | None = None
+    profile_weight: float = 1.0
+
+
+FITTED = (
+    "tracks signal_center signal_spread signal_mean profiles targets target_mean target_sd target_weight "
+    "features n_features feature_groups tss_rule"
+).split()
+"""Fields of a system's configuration that come from the data, never from the user."""
+
+
+def settings_of(config_class: type[SystemConfig]) -> list[str]:
+    """Return the names that ``model:`` of a run file may set."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return [name for name in names if name not in inherited and name not in FITTED]
+
+
+class System(PreTrainedModel):
+    """A system: ``encode`` says what the site says, the head turns it into expression.
+
+    Subclasses set ``config_class`` and ``needs``, build their layers, and implement
+    :meth:`encode`. In evaluation mode a row's answer depends on nothing but the row.
+    """
+
+    config_class = SystemConfig
+    base_model_prefix = ""
+    main_input_name = "codes"
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+    twins: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Control models: settings that differ from the model's own, by name of the twin."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> "System":
+        """Load a run: a local directory or a hub id.
+
+        On the base class the system is the one that the checkpoint names. A directory with
+        ``members/`` is an ensemble and loads as :class:`Ensemble`.
+        """
+        members = Path(path) / "members"
+        if members.is_dir():
+            return Ensemble([cls.from_pretrained(member) for member in _numbered(members)])
+        if cls is not System:
+            return super().from_pretrained(path, *args, **kwargs)
+        known, _ = PreTrainedConfig.get_config_dict(path)
+        return system_class(known["model_type"]).from_pretrained(path, *args, **kwargs)
+
+    def build_heads(self, d_site: int, d_positions: int) -> None:
+        """Make the expression head, and the profile head where there are base-level targets."""
+        config = self.config
+        self.head = ExpressionHead(
+            d_site,
+            config.targets,
+            mean=config.target_mean,
+            sd=config.target_sd,
+            weights=config.target_weight,
+            **(config.head or {}),
+        )
+        self.profile_head = None
+        if config.profiles:
+            bins = config.width // config.bin_bp
+            self.profile_head = ProfileHead(d_positions, len(config.profiles), bins)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Turn a batch into site embeddings (each system's own)."""
+        raise NotImplementedError
+
+    def forward(self, **fields: Any) -> Prediction:
+        """Predict the targets of a batch given as keyword fields of :class:`Batch`."""
+        batch = Batch(**fields)
+        encoded = self.encode(batch)
+        mean = self.head(encoded.site)
+        losses = dict(encoded.losses)
+        profile = None
+        if self.profile_head is not None:
+            profile = self.profile_head(encoded.positions)
+            if batch.profile is not None:
+                loss = self.profile_head.loss(profile, batch.profile, batch.profile_scale)
+                losses["profile"] = self.config.profile_weight * loss
+        if batch.target is not None:
+            losses["expression"] = self.head.loss(mean, batch.target, batch.target_mask)
+        return Prediction(
+            loss=sum(losses.values()) if batch.target is not None else None,
+            mean=mean,
+            importance=encoded.importance,
+            profile=profile,
+            losses={name: loss.detach() for name, loss in losses.items()} or None,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep the initialisation that layers gave themselves."""
+
+
+class Ensemble(nn.Module):
+    """Members whose answers are averaged.
+
+    Parameters
+    ----------
+    members
+        Systems with the same inputs, targets and fitted scalers.
+    """
+
+    def __init__(self, members: Sequence[System]):
+        super().__init__()
+        if not members:
+            raise UserError("An ensemble needs at least one member; its members/ is empty.")
+        self.members = nn.ModuleList(members)
+        self.config = members[0].config
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What every member reads."""
+        return self.members[0].needs
+
+    def forward(self, **fields: Any) -> Prediction:
+        """Average the members' predictions and importances."""
+        answers = [member(**fields) for member in self.members]
+        return Prediction(
+            mean=_mean([answer.mean for answer in answers]),
+            importance=_mean([answer.importance for answer in answers]),
+            profile=_mean([answer.profile for answer in answers]),
+        )
+
+
+def system_class(model_type: str) -> type[System]:
+    """Return the class of a system by the name its checkpoints carry."""
+    try:
+        module = import_module(f"seq2expr.systems.{model_type}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The checkpoint is of the system {model_type!r}, which this version does not have. "
+            "See `seq2expr list`."
+        ) from error
+    return module.SYSTEM
+
+
+def check_settings(config_class: type[SystemConfig], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the system does not know.
+
+    Raises
+    ------
+    UserError
+        Naming the key and the known ones.
+    """
+    known = settings_of(config_class)
+    for key in settings:
+        if key not in known:
+            raise UserError(f"Unknown key 'model.{key}'; known there: {', '.join(known)}.")
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    return iter(sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name)))
+
+
+def _mean(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return None if values[0] is None else torch.stack(values).mean(0)

@@ -1,0 +1,40 @@
+"""One progress bar for all long work: main process only, silent when nobody watches."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that talks to the user (rank 0 of a launch)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wants_progress() -> bool:
+    """Tell whether bars should be drawn: main process, on a terminal."""
+    return is_main_process() and sys.stderr.isatty()
+
+
+def progress(
+    items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
+    """Yield ``items`` behind a bar with rate and estimate.
+
+    Parameters
+    ----------
+    items
+        What to iterate over.
+    what
+        Label of the bar, for example ``"genome store"``.
+    total
+        Number of items where ``items`` has no length.
+    unit
+        Unit of the rate.
+    """
+    from tqdm import tqdm
+
+    hidden = not wants_progress()
+    yield from tqdm(items, desc=what, total=total, unit=unit, disable=hidden, leave=False)

@@ -1,0 +1,353 @@
+"""Seq2Exp: a mask of regulatory elements, and expression from what passes it.
+
+Su et al. 2025, *Learning to Discover Regulatory Elements for Gene Expression Prediction* (ICLR).
+A generator reads the sequence and gives every base a Beta distribution; the epigenomic signals
+give a second one; their product z ~ Beta(a, b) masks the input of a predictor. The loss is
+SmoothL1 + w · KL(Beta(a, b) ‖ r(z)).
+
+``faithful: true`` is the arithmetic of the published code. The default repairs what that code
+gets wrong:
+
+* hard masks multiply the kept embeddings by the straight-through value, so the prediction loss
+  reaches the generator, and rows are packed by their true length, so a row does not depend on
+  its batch;
+* the generator sees sequence only, also in the hard variant, and there is no positional table;
+* signals are normalised per track and thresholds fitted on training windows, so the depth of a
+  bigWig does not change the mask;
+* the KL leaves out padding, blacklisted bases and the forced promoter;
+* windows are in transcribed orientation.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seq2expr.errors import UserError
+from seq2expr.model.backbones import build_backbone
+from seq2expr.model.batch import Batch, Encoded
+from seq2expr.model.beta import (
+    BetaParameters,
+    beta_kl,
+    combine,
+    marginal,
+    sample,
+    sequence_beta,
+    signal_beta,
+    straight_through,
+    top_k,
+)
+from seq2expr.model.layers import AttentionPool, SignalNorm, one_hot, resample, spread_bins
+from seq2expr.model.system import System, SystemConfig
+
+PUBLISHED = {
+    "soft": {"floor": 1.0, "signal_scale": 10.0, "prior_mean": 0.1, "prior_scale": 10.0},
+    "hard": {"floor": 0.0, "signal_scale": 1.0, "prior_mean": 0.45, "prior_scale": 0.1},
+}
+"""Constants of the two published variants (released flags)."""
+
+_PUBLISHED_TRACKS = {"thresholds": [1.5, 0.2, 1.0], "weights": [0.4, 0.4, 0.2]}
+"""Thresholds and weights of H3K27ac, DNase and Hi-C in the published code."""
+
+
+class Seq2ExpConfig(SystemConfig):
+    """Configuration of Seq2Exp.
+
+    Parameters
+    ----------
+    faithful
+        The published arithmetic, defects included; needs exactly three tracks.
+    backbone
+        ``conv`` or ``bimamba``.
+    generator, predictor
+        Settings of the two backbones.
+    d_embed, d_model
+        Width of the base embeddings and of the backbones.
+    mask
+        ``soft``, ``hard``, ``none`` (unmasked twin: the predictor sees everything), or
+        ``promoter`` (promoter-only twin: it sees nothing but the forced promoter).
+    promoter_bp
+        Width of the promoter around the TSS where the mask is forced to 1; at most a tenth of
+        the window. 0 forces nothing.
+    pool
+        Site embedding: mean over the ``promoter`` or over all positions (``mean``), or learned
+        ``attention``.
+    floor, signal_scale
+        Added to all concentrations, and the weight of the signals; by default those of the
+        published variant.
+    thresholds, weights
+        Per track. Thresholds are in normalised units; by default mean + 1.28 sd over training
+        windows (the upper tenth of a normal distribution), weights by default equal.
+    prior_mean, prior_scale
+        The marginal r(z) = Beta(k, k (1 - m) / m).
+    kl_weight
+        Weight w of the KL divergence.
+    exact_product
+        Multiply densities exactly (Beta(a1 + a2 - 1, b1 + b2 - 1)).
+    top_k
+        At test, keep this share of the window with the largest mean instead of the mask.
+    pack
+        Hard masks: run the predictor on the kept bases only (bimamba).
+    """
+
+    model_type: ClassVar[str] = "seq2exp"
+
+    faithful: bool = False
+    backbone: str = "conv"
+    generator: dict | None = None
+    predictor: dict | None = None
+    d_embed: int = 16
+    d_model: int = 128
+    mask: str = "soft"
+    promoter_bp: int = 200
+    pool: str = "promoter"
+    floor: float | None = None
+    signal_scale: float | None = None
+    thresholds: list[float] | None = None
+    weights: list[float] | None = None
+    prior_mean: float | None = None
+    prior_scale: float | None = None
+    kl_weight: float = 0.01
+    exact_product: bool = False
+    top_k: float | None = None
+    pack: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        allowed = {"mask": ("soft", "hard", "none", "promoter")}
+        allowed["pool"] = ("promoter", "mean", "attention")
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(values)}."
+                )
+        if not 0 <= self.promoter_bp <= self.width // 10:
+            raise UserError(
+                f"model.promoter_bp is {self.promoter_bp}; the forced promoter has at most a tenth "
+                f"of the window ({self.width // 10} of {self.width} bp)."
+            )
+        published = PUBLISHED["hard" if self.mask == "hard" else "soft"]
+        if self.faithful:
+            published = published | _PUBLISHED_TRACKS
+            self.stranded, self.pack = False, self.mask == "hard"
+            self.target_mean = self.target_sd = None
+        for name, value in published.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__(**kwargs)
+
+
+class Seq2Exp(System):
+    """Generator, Beta mask, predictor.
+
+    Parameters
+    ----------
+    config
+        A :class:`Seq2ExpConfig` whose data fields (tracks, targets, ...) are filled in.
+    """
+
+    config_class = Seq2ExpConfig
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+    twins: ClassVar = {"unmasked": {"mask": "none"}, "promoter_only": {"mask": "promoter"}}
+
+    def __init__(self, config: Seq2ExpConfig):
+        super().__init__(config)
+        tracks = len(config.tracks or [])
+        self.normalise = SignalNorm(
+            None if config.faithful else config.signal_center,
+            None if config.faithful else config.signal_spread,
+        )
+        self.embed_sequence = nn.Linear(4, config.d_embed)
+        self.embed_signal = nn.Linear(tracks, config.d_embed) if tracks else None
+        self.predictor = build_backbone(
+            config.backbone, config.d_embed, config.d_model, config.predictor
+        )
+        # The published hard variant runs one stack twice, over a learned table of positions.
+        self.shared = config.faithful and config.mask == "hard"
+        self.generator = self.to_logits = self.positional = None
+        if config.mask in ("soft", "hard"):
+            self.to_logits = nn.Linear(config.d_model, 2)
+            if self.shared:
+                self.positional = nn.Parameter(torch.zeros(1, config.width, config.d_embed))
+            else:
+                self.generator = build_backbone(
+                    config.backbone, config.d_embed, config.d_model, config.generator
+                )
+            if tracks:
+                self.register_buffer("thresholds", torch.tensor(_thresholds(config)))
+                self.register_buffer("weights", torch.tensor(_weights(config)))
+        self.attention = AttentionPool(config.d_model) if config.pool == "attention" else None
+        self.build_heads(config.d_model + config.n_features, config.d_model)
+        self.post_init()
+
+    @property
+    def promoter(self) -> slice:
+        """The forced promoter, as base indices of the window."""
+        config = self.config
+        anchor = config.width // 2 if config.tss_index is None else config.tss_index
+        start = max(anchor - config.promoter_bp // 2, 0)
+        return slice(start, min(start + config.promoter_bp, config.width))
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Mask the window and embed what is left.
+
+        ``importance`` is the mean of z per base before the promoter is forced, 0 on bases that
+        do not count.
+        """
+        signal = None
+        if self.embed_signal is not None:
+            signal = self.normalise(batch.signal, batch.signal_scale)  # [B, S, L/bin]
+        sequence = self.embed_sequence(one_hot(batch.codes, self.embed_sequence.weight.dtype))
+        inputs = sequence
+        if signal is not None:
+            embedded = self.embed_signal(signal.transpose(1, 2).to(sequence.dtype))
+            inputs = sequence + resample(embedded, sequence.shape[1])
+        if self.to_logits is None:
+            mask = self._fixed_mask(batch) if self.config.mask == "promoter" else None
+            masked = inputs if mask is None else inputs * mask.unsqueeze(-1).to(inputs.dtype)
+            return self._site(self.predictor(masked), batch)
+        if self.shared:
+            inputs = inputs + self.positional
+        source = inputs if self.shared else sequence
+        posterior = self._posterior(source, signal)
+        mask, importance = self._mask(posterior, batch)
+        losses = {"kl": self.config.kl_weight * self._kl(posterior, batch)}
+        if self.config.pack:
+            encoded = self._encode_packed(inputs, mask, batch)
+        else:
+            masked = inputs * mask.unsqueeze(-1).to(inputs.dtype)
+            encoded = self._site(self.predictor(masked), batch)
+        return dataclasses.replace(encoded, importance=importance, losses=losses)
+
+    def _posterior(self, source: Tensor, signal: Tensor | None) -> BetaParameters:
+        """Beta of every mask element [B, P]; P is L over the stride of the generator."""
+        generator = self.predictor if self.shared else self.generator
+        logits = self.to_logits(generator(source))
+        posterior = sequence_beta(logits, floor=self.config.floor)
+        if signal is None:
+            return posterior
+        # Concentrations are positive: negative values of a track count as 0.
+        per_element = resample(signal.clamp_min(0).transpose(1, 2), logits.shape[1])
+        other = signal_beta(
+            per_element.transpose(1, 2),
+            self.thresholds,
+            self.weights,
+            floor=self.config.floor,
+            scale=self.config.signal_scale,
+        )
+        return combine(posterior, other, exact=self.config.exact_product)
+
+    def _mask(self, posterior: BetaParameters, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mask and the importance, both [B, L]."""
+        mean = posterior.mean
+        value = sample(posterior) if self.training else mean
+        if self.config.top_k is not None and not self.training:
+            value = top_k(mean, self.config.top_k)
+        elif self.config.mask == "hard":
+            value = straight_through(value)
+        length = batch.codes.shape[1]
+        mask, importance = spread_bins(value, length), spread_bins(mean, length)
+        if batch.keep is not None:
+            mask, importance = mask * batch.keep, importance * batch.keep
+        forced = torch.zeros(length, dtype=torch.bool, device=mask.device)
+        forced[self.promoter] = True
+        return torch.where(forced, torch.ones_like(mask), mask), importance
+
+    def _fixed_mask(self, batch: Batch) -> Tensor:
+        mask = torch.zeros(batch.codes.shape, device=batch.codes.device)
+        mask[:, self.promoter] = 1
+        return mask
+
+    def _kl(self, posterior: BetaParameters, batch: Batch) -> Tensor:
+        """Mean KL over the elements whose mask is free."""
+        prior = marginal(self.config.prior_mean, self.config.prior_scale)
+        divergence = beta_kl(posterior, prior)
+        if self.config.faithful:
+            return divergence.mean()
+        free = torch.ones(batch.codes.shape, device=divergence.device)
+        if batch.keep is not None:
+            free = free * batch.keep
+        free[:, self.promoter] = 0
+        weights = resample(free.unsqueeze(-1), divergence.shape[1]).squeeze(-1)
+        return (divergence * weights).sum() / weights.sum().clamp_min(1)
+
+    def _site(self, positions: Tensor, batch: Batch) -> Encoded:
+        """Pool positions [B, P, D] and append the gene features."""
+        if self.attention is not None:
+            pooled = self.attention(positions)
+        elif self.config.pool == "mean":
+            pooled = positions.mean(1)
+        else:
+            stride = self.predictor.stride
+            promoter = self.promoter
+            first, last = promoter.start // stride, -(-promoter.stop // stride)
+            pooled = positions[:, first : max(last, first + 1)].mean(1)
+        if batch.features is not None:
+            pooled = torch.cat([pooled, batch.features.to(pooled.dtype)], dim=1)
+        return Encoded(site=pooled, positions=positions)
+
+    def _encode_packed(self, inputs: Tensor, mask: Tensor, batch: Batch) -> Encoded:
+        """Run the predictor on the kept bases only, and pool its promoter."""
+        kept = mask.detach() > 0
+        if not self.config.faithful:
+            inputs = inputs * mask.unsqueeze(-1).to(inputs.dtype)
+        packed, lengths = pack_rows(inputs, kept)
+        # Without lengths the reverse scan starts in the padding, as in the published code.
+        outputs = self.predictor(packed, None if self.config.faithful else lengths)
+        before = kept[:, : self.promoter.start].sum(1)
+        width = self.promoter.stop - self.promoter.start
+        index = before.unsqueeze(1) + torch.arange(width, device=before.device)
+        index = index.unsqueeze(-1).expand(-1, -1, outputs.shape[-1])
+        pooled = outputs.gather(1, index).mean(1)
+        if batch.features is not None:
+            pooled = torch.cat([pooled, batch.features.to(pooled.dtype)], dim=1)
+        return Encoded(site=pooled)
+
+
+def pack_rows(values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the kept positions of each row to the left.
+
+    Parameters
+    ----------
+    values
+        [B, L, D].
+    kept
+        bool [B, L].
+
+    Returns
+    -------
+    packed
+        [B, longest, D], zero behind the end of a row.
+    lengths
+        int64 [B].
+    """
+    lengths = kept.sum(1)
+    rows, columns = kept.nonzero(as_tuple=True)
+    places = (kept.cumsum(1) - 1)[rows, columns]
+    packed = values.new_zeros(len(values), int(lengths.max()), values.shape[-1])
+    return packed.index_put((rows, places), values[rows, columns]), lengths
+
+
+def _thresholds(config: Seq2ExpConfig) -> list[float]:
+    if config.thresholds is not None:
+        return _one_per_track(config, "thresholds")
+    return [mean + 1.28 for mean in config.signal_mean or [0.0] * len(config.tracks)]
+
+
+def _weights(config: Seq2ExpConfig) -> list[float]:
+    if config.weights is not None:
+        return _one_per_track(config, "weights")
+    return [1 / len(config.tracks)] * len(config.tracks)
+
+
+def _one_per_track(config: Seq2ExpConfig, name: str) -> list[float]:
+    values = getattr(config, name)
+    if len(values) != len(config.tracks):
+        raise UserError(
+            f"model.{name} has {len(values)} values for the {len(config.tracks)} tracks "
+            f"{', '.join(config.tracks)}; give one for each."
+        )
+    return values
+
+
+SYSTEM = Seq2Exp
