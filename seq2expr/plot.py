@@ -3,7 +3,6 @@
 Nothing here touches pyplot, so no global state, no windows, and no figure that has to be closed.
 """
 
-import contextlib
 import io
 import os
 import textwrap
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from seq2expr.errors import UserError
-from seq2expr.store import unwritable
+from seq2expr.store import publish
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#8C8C00")
@@ -325,16 +324,7 @@ def save(
     """
     rendered = {Path(f"{path_stem}.{kind}"): render(figure, kind, dpi=dpi) for kind in formats}
     for path, content in rendered.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        finally:
-            with contextlib.suppress(OSError):  # renamed away, or its folder could not be made
-                temporary.unlink()
+        publish(path, lambda temporary, content=content: temporary.write_bytes(content))
     return list(rendered)
 
 

@@ -7,6 +7,7 @@ build happens in a temporary directory beside the final one and is renamed into 
 is complete: an interrupted build leaves nothing that a reader could take for a store.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -126,8 +127,15 @@ def file_digest(path: str | os.PathLike, *, verify: bool = False) -> str:
     return state.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all.
+def publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file.
+    write
+        Writes the content to the temporary path that it is given.
 
     Raises
     ------
@@ -137,11 +145,18 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publish a text file (see :func:`publish`)."""
+    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

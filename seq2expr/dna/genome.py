@@ -56,7 +56,9 @@ class Genome:
         self.codes = store.array("codes")
         self.lengths: dict[str, int] = dict(store.manifest["report"]["lengths"])
         starts = np.concatenate([[0], np.cumsum(list(self.lengths.values()))])
-        self.offsets = {name: int(start) for name, start in zip(self.lengths, starts, strict=False)}
+        self.offsets = {
+            name: int(start) for name, start in zip(self.lengths, starts, strict=False)
+        }
 
     @classmethod
     def from_fasta(cls, path: str | os.PathLike, *, verify: bool = False) -> "Genome":
@@ -123,7 +125,12 @@ def _build(fasta: Path, target: Path) -> Mapping:
             lengths = {name: len(records[name]) for name in records.keys()}  # noqa: SIM118
             _check_lengths(fasta, lengths)
             counts = _write_codes(records, lengths, target)
-    except (pyfaidx.FastaIndexingError, pyfaidx.FetchError, ValueError, UnicodeDecodeError) as error:
+    except (
+        pyfaidx.FastaIndexingError,
+        pyfaidx.FetchError,
+        ValueError,
+        UnicodeDecodeError,
+    ) as error:
         raise UserError(
             f"{fasta} is no valid FASTA file: {error}. Give an uncorrupted FASTA (.fa or .fa.gz)."
         ) from error

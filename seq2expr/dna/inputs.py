@@ -173,6 +173,16 @@ class DnaInputs:
             stranded=stranded,
         )
 
+    @cached_property
+    def _feature_table(self) -> pd.DataFrame | None:
+        path = self.files.features
+        return None if path is None else read_feature_table(path)
+
+    @property
+    def table_features(self) -> list[str]:
+        """Names of the features that the user's table gives."""
+        return [] if self._feature_table is None else list(self._feature_table.columns)
+
     @property
     def channels(self) -> list[str]:
         """Names of the signal channels, in order."""
@@ -185,11 +195,9 @@ class DnaInputs:
         """
         blocks = []
         if groups:
-            blocks.append(
-                gene_features(self._gtf, genes, self.genome.sequence, groups=groups)
-            )
-        if self.files.features is not None:
-            table = read_feature_table(self.files.features).reindex(genes["gene_id"])
+            blocks.append(gene_features(self._gtf, genes, self.genome.sequence, groups=groups))
+        if self._feature_table is not None:
+            table = self._feature_table.reindex(genes["gene_id"])
             absent = int(table.isna().all(axis=1).sum())
             if absent:
                 warnings.warn(
@@ -219,7 +227,9 @@ class DnaInputs:
     def _names(self, theirs: list[str], what: str) -> dict[str, str]:
         """Map the names of another file to those of the FASTA."""
         return resolve_names(
-            theirs, list(self.genome.lengths), what=f"{self.files.genome} (against {what})",
+            theirs,
+            list(self.genome.lengths),
+            what=f"{self.files.genome} (against {what})",
             chrom_map=self.chrom_map,
         )
 

@@ -1,5 +1,6 @@
 """Fit the per-track normalisation on training windows."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def _thin(rows: int, positions: int) -> np.ndarray:
     return np.linspace(0, rows - 1, keep).round().astype(np.int64)
 
 
-def _signals(windows: Windows, sites: Sites, rows: np.ndarray, what: str):  # noqa: ANN202
+def _signals(windows: Windows, sites: Sites, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
     scales = windows.scales[:, None]
     for start in progress(range(0, len(rows), _BATCH), what=what, unit="batch"):
         chosen = rows[start : start + _BATCH]

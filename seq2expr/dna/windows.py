@@ -186,9 +186,7 @@ class Windows:
         starts = self.starts(sites)
         bin_starts = (starts + self.bin_bp // 2) // self.bin_bp
         codes = np.empty((rows, self.width), np.uint8) if out is None else out.codes
-        _copy(
-            self.genome.codes, self._offsets, self._lengths, sites.chrom, starts, codes, PAD
-        )
+        _copy(self.genome.codes, self._offsets, self._lengths, sites.chrom, starts, codes, PAD)
         signal = self._channels(self.tracks, sites, bin_starts, bins, out and out.signal)
         profile = self._channels(self.profiles, sites, bin_starts, bins, out and out.profile)
         if self.contacts is not None:
@@ -298,7 +296,9 @@ def _copy(
         first, last = max(start, 0), min(start + length, int(size[row]))
         out[row] = fill
         if first < last:
-            out[row, first - start : last - start] = source[begin + first - start : begin + last - start]
+            out[row, first - start : last - start] = source[
+                begin + first - start : begin + last - start
+            ]
 
 
 def _flip(array: np.ndarray, rows: np.ndarray) -> None:

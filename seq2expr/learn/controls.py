@@ -31,20 +31,20 @@ class ControlData:
     ----------
     target
         Expression [N] on the model's scale; NaN where unknown.
-    codes
-        DNA windows uint8 [N, L] (A0 C1 G2 T3 N4) in transcribed orientation, TSS at L // 2.
+    kmers
+        5-mer counts of the promoter [N, 1024], from :func:`promoter_kmers`.
     features
         Features per gene [N, F], NaN where unknown; F may be 0.
     feature_names
         Their F names.
     signal
-        Tracks in physical units [N, S, L / bin], or None.
+        Binned tracks [N, S x bins] from :func:`signal_bins`, or None.
     category
         One category per gene [N], None or NaN where unknown, or None.
     """
 
     target: np.ndarray
-    codes: np.ndarray
+    kmers: np.ndarray
     features: np.ndarray
     feature_names: tuple[str, ...] = ()
     signal: np.ndarray | None = None
@@ -52,7 +52,7 @@ class ControlData:
 
     def __post_init__(self) -> None:
         n = len(self.target)
-        for name in ("codes", "features", "signal", "category"):
+        for name in ("kmers", "features", "signal", "category"):
             array = getattr(self, name)
             if array is not None and len(array) != n:
                 raise ValueError(f"{name} has {len(array)} rows for {n} targets.")
@@ -66,14 +66,14 @@ class ControlData:
         return replace(
             self,
             target=self.target[keep],
-            codes=self.codes[keep],
+            kmers=self.kmers[keep],
             features=self.features[keep],
             signal=None if self.signal is None else self.signal[keep],
             category=None if self.category is None else self.category[keep],
         )
 
     def has(self, what: str) -> bool:
-        """Tell whether there is any ``codes``, ``features``, ``signal`` or ``category``."""
+        """Tell whether there is any ``kmers``, ``features``, ``signal`` or ``category``."""
         array = getattr(self, what)
         return array is not None and array.size > 0
 
@@ -156,29 +156,42 @@ def kmer_counts(codes: np.ndarray, k: int = KMER) -> np.ndarray:
     return np.bincount(words[clean], minlength=n * 4**k).reshape(n, 4**k).astype(np.float32)
 
 
-def promoter_kmers(data: ControlData) -> np.ndarray:
-    """Count the 5-mers [N, 1024] of the up to 500 bp upstream of the TSS."""
-    tss = data.codes.shape[1] // 2
-    return kmer_counts(data.codes[:, max(0, tss - UPSTREAM_BP) : tss])
+def promoter_kmers(codes: np.ndarray, tss_index: int) -> np.ndarray:
+    """Count the 5-mers [N, 1024] of the up to 500 bp upstream of the TSS.
+
+    Parameters
+    ----------
+    codes
+        Windows uint8 [N, L] in transcribed orientation.
+    tss_index
+        Index of the TSS in a window.
+    """
+    return kmer_counts(codes[:, max(0, tss_index - UPSTREAM_BP) : tss_index])
 
 
-def signal_bins(data: ControlData) -> np.ndarray:
-    """Summarise the tracks as log means of bins.
+def signal_bins(signal: np.ndarray, *, bin_bp: int, tss_index: int) -> np.ndarray:
+    """Summarise tracks as log means of bins.
 
     Twenty equal bins cover the window; in a window of more than twice 2 kb, twenty more cover
     the 2 kb around the TSS, so that a long window is no disadvantage.
+
+    Parameters
+    ----------
+    signal
+        Tracks in physical units [N, S, L / bin_bp].
+    bin_bp, tss_index
+        Geometry of the window.
 
     Returns
     -------
     numpy.ndarray
         float64 [N, S x bins]: sign(m) log(1 + abs(m)) of the bin mean m.
     """
-    n_bins = data.signal.shape[2]
-    close = round(CLOSE_BP * n_bins / data.codes.shape[1])
-    scales = [data.signal]
-    if 0 < 2 * close < n_bins:
-        start = (n_bins - close) // 2
-        scales.append(data.signal[:, :, start : start + close])
+    close = CLOSE_BP // bin_bp
+    scales = [signal]
+    if 0 < 2 * close < signal.shape[2]:
+        start = max(tss_index // bin_bp - close // 2, 0)
+        scales.append(signal[:, :, start : start + close])
     means = np.concatenate([_bin_means(scale) for scale in scales], axis=2)
     return (np.sign(means) * np.log1p(np.abs(means))).reshape(len(means), -1)
 
@@ -206,15 +219,10 @@ def _feature_ridge(train: ControlData, test: ControlData, seed: int) -> np.ndarr
 
 def _tree(*inputs: str) -> Callable[[ControlData, ControlData, int], np.ndarray]:
     """Return a boosted tree on these inputs side by side, where present."""
-    matrix_of = {
-        "codes": promoter_kmers,
-        "signal": signal_bins,
-        "features": lambda data: data.features,
-    }
 
     def predictor(train: ControlData, test: ControlData, seed: int) -> np.ndarray:
         # Both parts must have an input for it to be used at all.
-        used = [matrix_of[i] for i in inputs if train.has(i) and test.has(i)]
+        used = [name for name in inputs if train.has(name) and test.has(name)]
         model = HistGradientBoostingRegressor(
             learning_rate=0.05,
             max_iter=300,
@@ -225,8 +233,8 @@ def _tree(*inputs: str) -> Callable[[ControlData, ControlData, int], np.ndarray]
             n_iter_no_change=40,
             random_state=seed,
         )
-        model.fit(np.hstack([of(train) for of in used]), train.target)
-        return model.predict(np.hstack([of(test) for of in used]))
+        model.fit(np.hstack([getattr(train, name) for name in used]), train.target)
+        return model.predict(np.hstack([getattr(test, name) for name in used]))
 
     return predictor
 
@@ -250,8 +258,8 @@ CONTROLS: dict[str, Control] = {
         Control(
             "kmer_only_tree",
             "boosted tree on the 5-mers of the 500 bp upstream",
-            ("codes",),
-            _tree("codes"),
+            ("kmers",),
+            _tree("kmers"),
         ),
         Control(
             "signal_only_tree",
@@ -262,8 +270,8 @@ CONTROLS: dict[str, Control] = {
         Control(
             "kmer_tree",
             "boosted tree on 5-mers, binned tracks and features",
-            ("codes",),
-            _tree("codes", "signal", "features"),
+            ("kmers",),
+            _tree("kmers", "signal", "features"),
         ),
     )
 }

@@ -235,6 +235,4 @@ def _of_biotype(genes: pd.DataFrame, biotypes: Sequence[str]) -> pd.Series:
 
 def _parts(split: Split) -> dict[str, str]:
     # Where a leaky split was allowed, the test role wins: a test row is never trained on.
-    return {
-        chrom: part for part in ("train", "valid", "test") for chrom in getattr(split, part)
-    }
+    return {chrom: part for part in ("train", "valid", "test") for chrom in getattr(split, part)}

@@ -95,9 +95,7 @@ def read_category(path: str | os.PathLike, spec: CategorySpec) -> pd.Series:
         table = pd.read_csv(path, sep="\t", header=header, dtype=str, quoting=3)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read the category table {path}: {error}.") from error
-    keys = [
-        column - 1 if isinstance(column, int) else column for column in (spec.id, spec.value)
-    ]
+    keys = [column - 1 if isinstance(column, int) else column for column in (spec.id, spec.value)]
     for key in keys:
         if key not in table.columns:
             raise UserError(f"{path} has no column {key!r}; it has {list(table.columns)}.")
@@ -131,6 +129,4 @@ def _match(table: pd.DataFrame, gene_ids: Sequence[str]) -> list[str]:
     """Return the row of the table for each gene (its own id where there is none)."""
     stripped = {unversioned(name): name for name in table.index}
     known = set(table.index)
-    return [
-        gene if gene in known else stripped.get(unversioned(gene), gene) for gene in gene_ids
-    ]
+    return [gene if gene in known else stripped.get(unversioned(gene), gene) for gene in gene_ids]

@@ -67,7 +67,9 @@ def train(
     UserError
         On anything in the configuration or the files that does not fit.
     """
-    return train_run(load_run_config(config, data=data, overrides=overrides), Path(root), Path(out))
+    return train_run(
+        load_run_config(config, data=data, overrides=overrides), Path(root), Path(out)
+    )
 
 
 def train_run(config: RunConfig, root: Path, out: Path) -> Path:
@@ -96,9 +98,7 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
         summaries.append(_train_member(task, member, place, out / "checkpoints" / str(member)))
     if config.controls:
         for name, change in system.twins.items():
-            twin = config.model_copy(
-                update={"model": config.model | change, "controls": False}
-            )
+            twin = config.model_copy(update={"model": config.model | change, "controls": False})
             train_run(twin, root, out / "twins" / name)
     if state.is_main_process:
         write_text(out / "metrics.json", json.dumps({"members": summaries}, indent=1) + "\n")
@@ -126,9 +126,7 @@ class _Task:
     features: np.ndarray | None
 
 
-def _prepare(
-    config: RunConfig, system: type[System], data: GeneData, windows: Windows
-) -> _Task:
+def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: Windows) -> _Task:
     """Fit all scalers on the training genes of the run."""
     rows = _training_rows(config, data)
     if not len(rows):
@@ -147,6 +145,7 @@ def _prepare(
         "profiles": list(data.inputs.files.profiles),
         "tss_rule": config.data.tss_rule,
         "feature_groups": list(config.data.features.computed),
+        "feature_table": data.inputs.table_features,
     }
     if len(windows.scales):
         center, spread, mean = fit_signal(windows, windows.sites(data.genes.iloc[rows]))

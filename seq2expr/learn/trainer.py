@@ -29,12 +29,12 @@ class SystemTrainer(transformers.Trainer):
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leave biases, norms and what a layer marks ``_no_weight_decay`` undecayed."""
-        names = set(super().get_decay_parameter_names(model))
+        """Leave biases, norms and the state matrices of Mamba (``A_log``) undecayed."""
+        # By shape and name: a mark on the parameter would be lost when weights are loaded.
         return [
             name
             for name, parameter in model.named_parameters()
-            if name in names and not getattr(parameter, "_no_weight_decay", False)
+            if parameter.ndim > 1 and not name.endswith("A_log")
         ]
 
     def compute_loss(
@@ -62,10 +62,10 @@ class _Epochs(TrainerCallback):
     def __init__(self, collator: GeneCollator):
         self._collator = collator
 
-    def on_epoch_begin(self, args, state, control, **_: Any) -> None:  # noqa: ANN001
+    def on_epoch_begin(self, args, state, control, **_: Any) -> None:
         self._collator.epoch = int(state.epoch or 0)
 
-    def on_save(self, args, state, control, **_: Any) -> None:  # noqa: ANN001
+    def on_save(self, args, state, control, **_: Any) -> None:
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (checkpoint / _COMPLETE).touch()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
@@ -53,8 +52,8 @@ class ConvTower(nn.Module):
     d_model
         Width after the stem.
     strides
-        Factor by which each stage shortens the sequence; the first is taken by max-pooling the
-        stem, the others by a Linear over neighbouring positions.
+        Factor by which each stage shortens the sequence; the first is the stride of the stem,
+        the others are taken by a Linear over neighbouring positions.
     blocks
         Residual blocks per stage.
     stem_kernel, kernel
@@ -82,11 +81,14 @@ class ConvTower(nn.Module):
         super().__init__()
         for width in (stem_kernel, kernel):
             if width % 2 == 0:
-                raise UserError(f"A convolution of width {width} has no middle; give an odd width.")
+                raise UserError(
+                    f"A convolution of width {width} has no middle; give an odd width."
+                )
         self.d_model = d_model
         self.stride = math.prod(strides)
-        self.first = strides[0]
-        self.stem = nn.Conv1d(d_in, d_model, stem_kernel, padding=stem_kernel // 2)
+        self.stem = nn.Conv1d(
+            d_in, d_model, stem_kernel, stride=strides[0], padding=stem_kernel // 2
+        )
         self.stages = nn.ModuleList()
         for index, stride in enumerate(strides):
             merge = nn.Linear(stride * d_model, d_model) if index else nn.Identity()
@@ -107,8 +109,7 @@ class ConvTower(nn.Module):
                 f"A window of {x.shape[1]} bp cannot be shortened {self.stride}-fold; "
                 "choose a width that is a multiple of the product of the strides."
             )
-        x = nn.functional.gelu(self.stem(x.transpose(1, 2)))
-        x = nn.functional.max_pool1d(x, self.first).transpose(1, 2)
+        x = nn.functional.gelu(self.stem(x.transpose(1, 2)).transpose(1, 2))
         for index, stage in enumerate(self.stages):
             if index:
                 x = _group(x, stage["merge"].in_features // self.d_model)

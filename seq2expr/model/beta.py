@@ -23,7 +23,7 @@ class BetaParameters(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """a / (a + b)."""
+        """The mean, a / (a + b)."""
         return self.a / (self.a + self.b)
 
 

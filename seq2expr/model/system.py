@@ -42,6 +42,8 @@ class SystemConfig(PreTrainedConfig):
         Number of feature columns after scaling.
     feature_groups
         Groups of features computed from annotation and genome.
+    feature_table
+        Names of the features that came from a table.
     tss_rule
         How the TSS followed from the annotation.
     head
@@ -68,15 +70,23 @@ class SystemConfig(PreTrainedConfig):
     features: dict | None = None
     n_features: int = 0
     feature_groups: list[str] | None = None
+    feature_table: list[str] | None = None
     tss_rule: str = "gene"
     head: dict | None = None
     profile_weight: float = 1.0
 
 
 FITTED = (
-    "tracks signal_center signal_spread signal_mean profiles targets target_mean target_sd target_weight "
-    "features n_features feature_groups tss_rule"
-).split()
+    "tracks",
+    "signal_center",
+    "signal_spread",
+    "signal_mean",
+    "profiles",
+    "targets",
+    "target_mean",
+    "target_sd",
+    "target_weight",
+)
 """Fields of a system's configuration that come from the data, never from the user."""
 
 

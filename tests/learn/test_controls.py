@@ -33,7 +33,14 @@ def simulated(n=400, length=240, seed=0):
         features @ [1.0, -0.5, 0.0] + 2.0 * has_word + np.log1p(at_tss)
         + 0.5 * (category == "Verified")
     )  # fmt: skip
-    return ControlData(target, codes, features, ("a", "b", "c"), signal, category)
+    return ControlData(
+        target,
+        promoter_kmers(codes, length // 2),
+        features,
+        ("a", "b", "c"),
+        signal_bins(signal, bin_bp=8, tss_index=length // 2),
+        category,
+    )
 
 
 def halves(data):
@@ -66,16 +73,14 @@ def test_kmer_counts_of_short_or_unknown_sequence_are_zero():
 def test_promoter_is_the_500_bp_before_the_tss_or_what_there_is(length, n_words):
     codes = np.full((1, length), 3, np.uint8)
     codes[:, max(0, length // 2 - 500) : length // 2] = 1
-    data = ControlData(np.zeros(1), codes, np.empty((1, 0)))
-    counts = promoter_kmers(data)[0]
+    counts = promoter_kmers(codes, length // 2)[0]
     assert counts[0b0101010101] == counts.sum() == n_words  # CCCCC
 
 
 def test_signal_bins_are_signed_logs_of_bin_means():
     signal = np.arange(80, dtype=np.float32).reshape(1, 2, 40)
     signal[0, 1] *= -1
-    data = ControlData(np.zeros(1), np.zeros((1, 40), np.uint8), np.empty((1, 0)), (), signal)
-    bins = signal_bins(data)
+    bins = signal_bins(signal, bin_bp=1, tss_index=20)
     means = signal.reshape(2, 20, 2).mean(axis=2)
     np.testing.assert_allclose(bins[0, :20], np.log1p(means[0]))
     np.testing.assert_allclose(bins[0, 20:], -np.log1p(-means[1]))
@@ -84,18 +89,16 @@ def test_signal_bins_are_signed_logs_of_bin_means():
 def test_a_long_window_is_also_seen_at_the_tss():
     signal = np.zeros((1, 1, 1000))
     signal[0, 0, 500] = 1.0
-    data = ControlData(np.zeros(1), np.zeros((1, 20_000), np.uint8), np.empty((1, 0)), (), signal)
-    bins = signal_bins(data)[0]
+    bins = signal_bins(signal, bin_bp=20, tss_index=10_000)[0]
     assert bins.shape == (40,)
     assert bins[10] == pytest.approx(np.log1p(1 / 50))  # twenty bins of 1,000 bp
     assert bins[30] == pytest.approx(np.log1p(1 / 5))  # twenty of 100 bp in the 2 kb
 
 
 def test_few_signal_bins_are_taken_as_they_are():
-    data = ControlData(
-        np.zeros(2), np.zeros((2, 96), np.uint8), np.empty((2, 0)), (), np.ones((2, 1, 3))
-    )
-    np.testing.assert_allclose(signal_bins(data), np.full((2, 3), np.log(2)))
+    signal = np.ones((2, 1, 3))
+    found = signal_bins(signal, bin_bp=2, tss_index=3)
+    np.testing.assert_allclose(found, np.full((2, 3), np.log(2)))
 
 
 def test_mean_and_category_mean():
@@ -196,8 +199,8 @@ def test_tiny_training_parts_do_not_fail(name, n_train):
 
 def test_arrays_that_do_not_belong_together_are_refused():
     data = simulated(10)
-    with pytest.raises(ValueError, match="codes has 9 rows for 10 targets"):
-        replace(data, codes=data.codes[:9])
+    with pytest.raises(ValueError, match="kmers has 9 rows for 10 targets"):
+        replace(data, kmers=data.kmers[:9])
     with pytest.raises(ValueError, match="3 features have 1 names"):
         replace(data, feature_names=("a",))
 

@@ -1,0 +1,44 @@
+"""Gene expression from DNA and from H&E slides, the regions that drive it, and adapters."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+_PUBLIC = {
+    "Batch": "seq2expr.model.batch",
+    "Ensemble": "seq2expr.model.system",
+    "Evaluation": "seq2expr.learn.evaluate",
+    "ExpressionHead": "seq2expr.model.heads",
+    "Genome": "seq2expr.dna.genome",
+    "Predictions": "seq2expr.learn.predict",
+    "Seq2ExprWarning": "seq2expr.errors",
+    "System": "seq2expr.model.system",
+    "Track": "seq2expr.dna.tracks",
+    "UserError": "seq2expr.errors",
+    "Windows": "seq2expr.dna.windows",
+    "demo": "seq2expr.demo",
+    "evaluate": "seq2expr.learn.evaluate",
+    "gene_table": "seq2expr.dna.genes",
+    "load_run": "seq2expr.learn.runs",
+    "predict": "seq2expr.learn.predict",
+    "read_gtf": "seq2expr.dna.genes",
+    "simulate": "seq2expr.simulate",
+    "train": "seq2expr.learn.train",
+}
+
+__all__ = sorted(_PUBLIC)
+__version__ = version("seq2expr")
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names on first use: importing the package alone stays light."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    # A function may carry the name of its module (seq2expr.demo): the function is what is meant.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,124 @@
+"""What an evaluation knows of a run and its data: configuration, opened data, seen genes."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from seq2expr.config import DataConfig, RunConfig, parse_run_config, read_yaml
+from seq2expr.errors import UserError
+from seq2expr.learn.dataset import GeneData, data_files, open_data
+from seq2expr.learn.predict import open_predictor
+from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
+from seq2expr.learn.splits import chromosome_split
+from seq2expr.model.system import SystemConfig
+from seq2expr.progress import progress
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where predictions and controls come from; parts that are not known are ``None``.
+
+    Parameters
+    ----------
+    run
+        Directory of the run.
+    config
+        Its effective configuration.
+    data
+        Data set of the evaluation, by default that of the run.
+    root
+        What paths of ``data`` are relative to.
+    opened
+        The data set, opened.
+    geometry
+        Configuration of the model (window, targets); defaults without a run.
+    """
+
+    run: Path | None
+    config: RunConfig | None
+    data: DataConfig | None
+    root: Path
+    opened: GeneData | None
+    geometry: SystemConfig
+
+    def seen_chromosomes(self) -> set[str]:
+        """Chromosomes whose genes the run or the controls were trained or validated on."""
+        if self.opened is None:
+            return set()
+        known = [self.data]
+        if self.config is not None and _same_genome(self.config.data, self.data):
+            known.append(self.config.data)
+        chroms = self.opened.inputs.genes["chrom"].unique().tolist()
+        seen: set[str] = set()
+        for data in known:
+            split = chromosome_split(
+                chroms,
+                test=data.split.test,
+                valid=data.split.valid,
+                exclude=data.exclude_chroms,
+                allow_leaky=data.split.allow_leaky,
+            )
+            seen |= {*split.train, *split.valid} - set(split.test)
+        return seen
+
+    def predict(self, run: Path, gene_ids: Sequence[str] | None = None) -> pd.DataFrame:
+        """Predict genes of the data set with a run, by default all that were not seen."""
+        predictor = open_predictor(
+            load_run(run), data_files(self.data, self.root), batch_size=_BATCH
+        )
+        genes = predictor.inputs.genes
+        if gene_ids is None:
+            genes = genes[~genes["chrom"].isin(self.seen_chromosomes())]
+        else:
+            genes = genes.set_index("gene_id").loc[list(gene_ids)].reset_index()
+        if genes.empty:
+            raise UserError(
+                "Every gene lies on a chromosome that was trained or validated on; name test "
+                "chromosomes in data.split.test and train again."
+            )
+        batches = progress(
+            predictor.tables(genes),
+            what=f"predict with {run.name}",
+            total=-(-len(genes) // _BATCH),
+            unit=f"x{_BATCH} genes",
+        )
+        return pd.concat(batches, ignore_index=True)
+
+
+def open_source(
+    run: str | os.PathLike | None,
+    data: str | os.PathLike | None,
+    root: str | os.PathLike | None,
+) -> Source:
+    """Open what is known of a run and a data set; both may be ``None``.
+
+    Raises
+    ------
+    UserError
+        When the run, or a data set that was named, cannot be opened.
+    """
+    place = None if run is None else find_run(run)
+    config = run_config(place) if place and (place / "run.yaml").is_file() else None
+    chosen = config.data if config else None
+    if data is not None:
+        tree = read_yaml(data)
+        tree = {"system": "-", "data": tree.get("data", tree)}
+        chosen = parse_run_config(tree, where=str(data)).data
+    folder = Path(root or ".")
+    if root is None and data is None and place and (place / "manifest.json").is_file():
+        folder = Path(run_manifest(place)["root"])
+    geometry = load_run(place).config if place else SystemConfig()
+    opened = None
+    # A table can be scored where the run's data has moved away; data that was named must be there.
+    if chosen is not None and (data is not None or (folder / chosen.genome).is_file()):
+        opened = open_data(chosen, folder, bin_bp=geometry.bin_bp)
+    return Source(place, config, chosen, folder, opened, geometry)
+
+
+def _same_genome(one: DataConfig, other: DataConfig) -> bool:
+    return Path(one.genome).name == Path(other.genome).name
