@@ -7,7 +7,7 @@ configuration is saved with the run as ``run.yaml`` and can be given again.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +131,7 @@ class DataConfig(Strict):
     blacklist: str | None = None
     tss_rule: str = "gene"
     tss: str | None = None
-    chrom_map: Literal["auto"] | str | None = None
+    chrom_map: str | None = None
     biotypes: list[str] = []
     exclude_chroms: list[str] = []
     dtype: Literal["float16", "float32"] = "float16"
@@ -169,6 +169,9 @@ class TrainConfig(Strict):
     patience
         Epochs without a better validation loss after which training stops; the best epoch is
         kept.
+    average
+        Decay of an exponential moving average of the weights, which is what is validated and
+        kept; 0 keeps the weights themselves.
     bf16
         bfloat16 autocast.
     compile
@@ -196,6 +199,7 @@ class TrainConfig(Strict):
     scheduler: str = "cosine"
     scheduler_settings: dict[str, float] = {}
     patience: int = pydantic.Field(10, ge=1)
+    average: float = pydantic.Field(0.0, ge=0, lt=1)
     bf16: bool = False
     compile: bool = False
     jitter_bp: int = pydantic.Field(0, ge=0)
@@ -264,8 +268,9 @@ def load_run_config(
     for text in overrides:
         _assign(changes, text)
     preset = changes.get("preset", tree.get("preset", "default"))
-    if preset != "default":
-        if preset not in presets:
+    # The run.yaml of a run names its preset, but that is merged in already.
+    if preset != "default" and (presets or "preset" in changes):
+        if preset not in list(presets):
             raise UserError(
                 f"Unknown preset {preset!r} in {config}; it has default"
                 + "".join(f", {name}" for name in presets)
@@ -306,7 +311,8 @@ def read_yaml(source: str | os.PathLike) -> dict[str, Any]:
 
 def dump_yaml(config: RunConfig) -> str:
     """Write a configuration as YAML text that reads back to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,14 +330,14 @@ def installed() -> list[str]:
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def _find(source: str | os.PathLike) -> tuple[str, str]:
-    """Return the text and the name of a configuration file."""
+def _find(source: str | os.PathLike) -> tuple[bytes, str]:
+    """Return the content and the name of a configuration file."""
     path = Path(source)
     if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        return path.read_bytes(), str(path)
     name = path.name.removesuffix(".yaml")
     if name in installed() and path.parent in (Path("."), Path("configs")):
-        text = resources.files("seq2expr.configs").joinpath(f"{name}.yaml").read_text("utf-8")
+        text = resources.files("seq2expr.configs").joinpath(f"{name}.yaml").read_bytes()
         return text, f"installed {name}.yaml"
     raise UserError(
         f"No configuration {str(source)!r}: no such file, and not among the installed ones "
@@ -382,10 +388,18 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads 1e-3 as a number."""
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text 1e3, which the loader would read as a number."""
+
+
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if key_node.tag == "tag:yaml.org,2002:merge":  # "<<": what it brings may be overridden
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise UserError(f"Line {key_node.start_mark.line + 1}: {key!r} cannot be a key.")
         if key in seen:
             raise UserError(
                 f"Duplicate key {key!r} in line {key_node.start_mark.line + 1} of the "
@@ -397,8 +411,9 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 # YAML 1.1 wants a dot in "1e-3" and reads it as text otherwise.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _class in (_StrictLoader, _StrictDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )

@@ -584,7 +584,7 @@ def _write_data_config(simulation: Simulation, chroms: list[str]) -> None:
         "gtf": simulation.gtf.name,
         "tracks": {assay: path.name for assay, path in simulation.tracks.items()},
         "expression": simulation.expression.name,
-        "targets": {"expression_log2": {"columns": ["expression"], "transform": "log2p1_mean"}},
+        "targets": {"expression_log2": {"columns": ["expression"], "transform": "log2p1"}},
         "split": {"test": chroms[-n_test:], "valid": [chroms[-n_test - 1]]},
     }
     simulation.data_config.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -6,6 +6,7 @@ as runs ``(start, end, value)`` and painted into a window when it is read.
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,8 +53,8 @@ class Contacts:
         Raises
         ------
         UserError
-            When the file cannot be read, a column is missing, a cell is no number, or runs of
-            one gene overlap.
+            When the file cannot be read, a column is missing, a cell is no number, a run is
+            reversed, or runs of one gene overlap.
         """
         return cls(
             open_store(
@@ -114,7 +115,7 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         parquet = path.suffix == ".parquet"
         table = pd.read_parquet(path) if parquet else pd.read_csv(path, sep="\t", dtype=str)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read {path} as a table: {error}.") from error
     missing = [column for column in COLUMNS if column not in table]
     if missing:
@@ -128,4 +129,12 @@ def _read(path: Path) -> pd.DataFrame:
             bad = table.loc[~np.isfinite(numbers), column].iloc[0]
             raise UserError(f"{path}: {bad!r} in column {column} is not a finite number.")
         table[column] = numbers
+    start, end = table["start"], table["end"]
+    wrong = (start < 0) | (end <= start) | (start % 1 != 0) | (end % 1 != 0)
+    if wrong.any():
+        gene, start, end = table.loc[wrong, list(COLUMNS[:3])].iloc[0]
+        raise UserError(
+            f"{path}: {start:g} to {end:g} of gene {gene!r} is no run; give whole numbers with "
+            "0 <= start < end."
+        )
     return table

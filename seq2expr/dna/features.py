@@ -56,9 +56,13 @@ Fetch = Callable[[str, int, int], np.ndarray]
 """``(chrom, start, end)`` to uint8 codes of the plus strand."""
 
 
+_MAX_SD = 4.0
+"""A gene further out than this is an outlier of the annotation, not of the model."""
+
+
 @dataclass(frozen=True)
 class FeatureScaler:
-    """Standardises features as they were in training, and imputes what is missing.
+    """Standardises features as they were in training, clips at ± 4 sd, and imputes what is missing.
 
     Fitted on training genes only. A missing value becomes the training mean, which is 0. A feature
     that was missing for some training genes also has an indicator column, 1 where it is missing;
@@ -110,7 +114,8 @@ class FeatureScaler:
         """Return float32 [genes, len(columns)]; a feature absent from the table is all missing."""
         values = features.reindex(columns=list(self.names)).to_numpy(np.float64)
         missing = np.isnan(values)
-        scaled = np.where(missing, 0.0, (values - self.mean) / self.sd)
+        scaled = np.clip((values - self.mean) / self.sd, -_MAX_SD, _MAX_SD)
+        scaled = np.where(missing, 0.0, scaled)
         indicators = missing[:, np.array(self.has_indicator, dtype=bool)]
         return np.concatenate([scaled, indicators], axis=1, dtype=np.float32)
 

@@ -125,14 +125,12 @@ def _build(fasta: Path, target: Path) -> Mapping:
             lengths = {name: len(records[name]) for name in records.keys()}  # noqa: SIM118
             _check_lengths(fasta, lengths)
             counts = _write_codes(records, lengths, target)
-    except (
-        pyfaidx.FastaIndexingError,
-        pyfaidx.FetchError,
-        ValueError,
-        UnicodeDecodeError,
-    ) as error:
+    except UserError:
+        raise
+    except (pyfaidx.FastaIndexingError, pyfaidx.FetchError, ValueError) as error:
+        reason = str(error).replace(str(plain), str(fasta)).rstrip(".")
         raise UserError(
-            f"{fasta} is no valid FASTA file: {error}. Give an uncorrupted FASTA (.fa or .fa.gz)."
+            f"{fasta} is no valid FASTA file: {reason}. Give an uncorrupted FASTA (.fa or .fa.gz)."
         ) from error
     finally:
         index.unlink(missing_ok=True)

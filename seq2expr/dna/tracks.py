@@ -3,10 +3,11 @@
 A track is stored by base, or as the mean over bins of a fixed width, chromosome behind
 chromosome. Uncovered bases (and NaN) are 0. In ``float16`` the values are divided by a power of
 two per track, so that the largest lies in (16384, 32768]: the relative error of a value is then
-at most 2^-11 for everything above 2e-9 of the maximum. ``float32`` keeps values as they are.
+at most 2^-11 for everything above 4e-9 of the maximum. ``float32`` keeps values as they are.
 """
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ TrackType = Literal["float16", "float32"]
 
 _BLOCK_BP = 1 << 24
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
+_MAGIC = 0x888FFC26
+_HEADER = struct.Struct("<I20xQ32x")
+"""Magic number and offset of the index."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,14 @@ def _open(path: Path) -> pyBigWig.pyBigWig:
     """Open a bigWig; a new handle each time, since handles do not survive a fork."""
     if not path.is_file():
         raise UserError(f"Cannot read {path}: no such file. Check the path of the track.")
+    with path.open("rb") as raw:
+        header = raw.read(_HEADER.size)
+    # pyBigWig crashes on some files that end before their index.
+    if len(header) < _HEADER.size:
+        raise _broken(path)
+    magic, index = _HEADER.unpack(header)
+    if magic == _MAGIC and path.stat().st_size <= index:
+        raise _broken(path)
     try:
         handle = pyBigWig.open(str(path))
     except RuntimeError as error:
@@ -181,8 +193,8 @@ def _match_chromosomes(
     for ours, theirs in names.items():
         if present[theirs] != lengths[ours]:
             raise UserError(
-                f"{path} is of another genome build: {theirs} has {present[theirs]:,} bp there and "
-                f"{lengths[ours]:,} bp in the FASTA. Give track and genome of the same build."
+                f"{path} is of another genome build: {theirs} has {present[theirs]:,} bp there "
+                f"and {lengths[ours]:,} bp in the FASTA. Give track and genome of the same build."
             )
     return names
 
@@ -248,8 +260,10 @@ def _fit_scale(path: Path, largest: float, dtype: TrackType, scale: float | None
     if scale is None:
         fit = dtype == "float16" and largest > 0
         return float(2.0 ** (np.ceil(np.log2(largest)) - 15)) if fit else 1.0
-    if scale <= 0:
-        raise UserError(f"The scale of {path} is {scale}; it must be above 0, or left out.")
+    if not 0 < scale < np.inf:
+        raise UserError(
+            f"The scale of {path} is {scale}; it must be finite and above 0, or left out."
+        )
     if dtype == "float16" and largest / scale > _FLOAT16_MAX:
         raise UserError(
             f"{path} reaches {largest:g}, which overflows float16 at scale {scale:g} (at most "

@@ -5,6 +5,7 @@ minus-strand genes are reverse-complemented and their tracks flipped. Reads copy
 memory maps into buffers that can be reused; nothing is done base by base in Python.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,6 +119,9 @@ class Windows:
         set_(self, "_offsets", np.array(list(self.genome.offsets.values()), dtype=np.int64))
         set_(self, "_bins", layout.sizes)
         set_(self, "_bin_offsets", layout.offsets)
+        set_(self, "_sequence", _Source(self.genome.codes))
+        set_(self, "_signals", [_Source(track.values) for track in self.tracks])
+        set_(self, "_targets", [_Source(track.values) for track in self.profiles])
         set_(self, "_blocked", _by_chromosome(self.blacklist, list(self.genome.lengths)))
 
     @property
@@ -154,9 +158,10 @@ class Windows:
         outside = tss >= self._lengths[chrom.to_numpy(np.int64)]
         if outside.any():
             row = genes.loc[outside].iloc[0]
+            length = self.genome.lengths[row["chrom"]]
             raise UserError(
-                f"Gene {row['gene_id']} has its TSS at {row['chrom']}:{row['tss'] + 1:,}, past the "
-                f"end of the chromosome ({self.genome.lengths[row['chrom']]:,} bp). The FASTA is "
+                f"Gene {row['gene_id']} has its TSS at {row['chrom']}:{row['tss'] + 1:,}, past "
+                f"the end of the chromosome ({length:,} bp). The FASTA is "
                 "truncated or of another build than the annotation: give matching files."
             )
         minus = (genes["strand"] == "-").to_numpy() & self.stranded
@@ -182,131 +187,148 @@ class Windows:
         out
             Buffers of an earlier read of as many rows, to be filled again.
         """
-        rows, bins = len(sites.tss), self.width // self.bin_bp
-        starts = self.starts(sites)
-        bin_starts = (starts + self.bin_bp // 2) // self.bin_bp
-        codes = np.empty((rows, self.width), np.uint8) if out is None else out.codes
-        _copy(self.genome.codes, self._offsets, self._lengths, sites.chrom, starts, codes, PAD)
-        signal = self._channels(self.tracks, sites, bin_starts, bins, out and out.signal)
-        profile = self._channels(self.profiles, sites, bin_starts, bins, out and out.profile)
-        if self.contacts is not None:
-            signal = self._add_contacts(sites, bin_starts, signal, rows, bins)
-        keep = self._keep(sites, starts)
-        self._orient(sites.minus, codes, signal, profile, keep)
-        return WindowArrays(codes, signal, profile, keep)
+        codes = np.empty((len(sites.tss), self.width), np.uint8) if out is None else out.codes
+        cuts = _cut(sites, self.starts(sites), self._offsets, self._lengths, self.width)
+        _copy(self._sequence, cuts, codes, PAD)
+        _complement(codes, sites.minus)
+        signal = self._signal(sites, cuts, out and out.signal)
+        profile = self._profile(sites, cuts, out and out.profile)
+        return WindowArrays(codes, signal, profile, self._keep(sites, cuts))
 
-    def _channels(
-        self,
-        tracks: Sequence[Track],
-        sites: Sites,
-        starts: np.ndarray,
-        bins: int,
-        out: np.ndarray | None,
-    ) -> np.ndarray | None:
-        if not tracks:
+    def _bin_cuts(self, sites: Sites, cuts: "_Cuts") -> "_Cuts":
+        if self.bin_bp == 1:
+            return cuts
+        starts = (cuts.starts + self.bin_bp // 2) // self.bin_bp
+        return _cut(sites, starts, self._bin_offsets, self._bins, self.width // self.bin_bp)
+
+    def _signal(self, sites: Sites, cuts: "_Cuts", out: np.ndarray | None) -> np.ndarray | None:
+        channels = len(self.tracks) + (self.contacts is not None)
+        if not channels:
             return None
-        extra = tracks is self.tracks and self.contacts is not None
         if out is None:
-            shape = (len(starts), len(tracks) + extra, bins)
-            out = np.empty(shape, np.float32 if extra else tracks[0].values.dtype)
-        for channel, track in enumerate(tracks):
-            _copy(
-                track.values,
-                self._bin_offsets,
-                self._bins,
-                sites.chrom,
-                starts,
-                out[:, channel],
-                0,
-            )
+            dtype = np.float32 if self.contacts else self.tracks[0].values.dtype
+            out = np.empty((len(sites.tss), channels, self.width // self.bin_bp), dtype)
+        cuts = self._bin_cuts(sites, cuts)
+        for channel, source in enumerate(self._signals):
+            _copy(source, cuts, out[:, channel], 0)
+        if self.contacts is not None:
+            vector = np.empty(self.width, np.float32)
+            for row, gene in enumerate(sites.gene_id):
+                self.contacts.paint(gene, int(cuts.starts[row]) * self.bin_bp, vector)
+                means = bin_means(vector, self.bin_bp)
+                out[row, -1] = means[::-1] if sites.minus[row] else means
         return out
 
-    def _add_contacts(
-        self, sites: Sites, starts: np.ndarray, signal: np.ndarray | None, rows: int, bins: int
-    ) -> np.ndarray:
-        if signal is None:
-            signal = np.empty((rows, 1, bins), np.float32)
-        vector = np.empty(self.width, np.float32)
-        for row, gene in enumerate(sites.gene_id):
-            self.contacts.paint(gene, int(starts[row]) * self.bin_bp, vector)
-            signal[row, -1] = bin_means(vector, self.bin_bp)
-        return signal
-
-    def _keep(self, sites: Sites, starts: np.ndarray) -> np.ndarray | None:
-        """Mark the bases that count, plus-strand order."""
-        lengths = self._lengths[sites.chrom]
-        padded = (starts < 0) | (starts + self.width > lengths)
-        if not self._blocked and not padded.any():
+    def _profile(self, sites: Sites, cuts: "_Cuts", out: np.ndarray | None) -> np.ndarray | None:
+        if not self.profiles:
             return None
-        keep = np.ones((len(starts), self.width), dtype=bool)
-        for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-            keep[row, : max(-start, 0)] = False
-            keep[row, max(length - start, 0) :] = False
+        if out is None:
+            shape = (len(sites.tss), len(self.profiles), self.width // self.bin_bp)
+            out = np.empty(shape, self.profiles[0].values.dtype)
+        cuts = self._bin_cuts(sites, cuts)
+        for channel, source in enumerate(self._targets):
+            _copy(source, cuts, out[:, channel], 0)
+        rows = np.flatnonzero(sites.minus)
+        for plus, other in self.swaps:
+            out[np.ix_(rows, [plus, other])] = out[np.ix_(rows, [other, plus])]
+        return out
+
+    def _keep(self, sites: Sites, cuts: "_Cuts") -> np.ndarray | None:
+        """Mark the bases that count."""
+        if not self._blocked and not cuts.padded:
+            return None
+        keep = np.ones((len(sites.tss), self.width), dtype=bool)
+        for row, start in enumerate(cuts.starts.tolist()):
+            keep[row, : cuts.left[row]] = False
+            keep[row, self.width - cuts.right[row] :] = False
+            genomic = keep[row, ::-1] if sites.minus[row] else keep[row]
             first, last = self._blocked.get(int(sites.chrom[row]), _NOTHING)
             for block in range(
                 int(np.searchsorted(last, start, side="right")),
                 int(np.searchsorted(first, start + self.width)),
             ):
-                keep[row, max(first[block] - start, 0) : last[block] - start] = False
+                genomic[max(first[block] - start, 0) : last[block] - start] = False
         return keep
-
-    def _orient(
-        self,
-        minus: np.ndarray,
-        codes: np.ndarray,
-        signal: np.ndarray | None,
-        profile: np.ndarray | None,
-        keep: np.ndarray | None,
-    ) -> None:
-        """Reverse-complement the rows of the minus strand in place."""
-        rows = np.flatnonzero(minus)
-        if not len(rows):
-            return
-        for array in (codes, signal, profile, keep):
-            if array is not None:
-                _flip(array, rows)
-        # 3 - code for A, C, G, T; N (4) wraps round to 255 and is brought back.
-        codes[rows] = np.minimum(3 - codes[rows], PAD)
-        for plus, other in self.swaps:
-            profile[np.ix_(rows, [plus, other])] = profile[np.ix_(rows, [other, plus])]
 
 
 _NOTHING = (np.empty(0, np.int64), np.empty(0, np.int64))
 
+_LONG = 1 << 14
+"""From here on torch reverses faster than numpy: its flip is vectorised, but dearer to call."""
 
-def _copy(
-    source: np.ndarray,
-    offsets: np.ndarray,
-    sizes: np.ndarray,
-    chrom: np.ndarray,
-    starts: np.ndarray,
-    out: np.ndarray,
-    fill: int,
-) -> None:
-    """Copy ``out.shape[1]`` elements from each start; past a chromosome end lies ``fill``."""
+
+class _Source:
+    """Values of a store, and their bits as integers for torch."""
+
+    def __init__(self, values: np.ndarray):
+        self._values = values
+        with warnings.catch_warnings():  # the map is read-only, and only read
+            warnings.simplefilter("ignore", UserWarning)
+            self._bits = torch.from_numpy(values.view(f"i{values.itemsize}"))
+
+    def run(self, begin: int, end: int, reverse: bool) -> np.ndarray:
+        """Return elements begin to end in the wanted order."""
+        if not reverse:
+            return self._values[begin:end]
+        if end - begin < _LONG:
+            return self._values[begin:end][::-1]
+        return torch.flip(self._bits[begin:end], [0]).numpy().view(self._values.dtype)
+
+
+class _Cuts(NamedTuple):
+    """Where windows lie in a store: one entry per row.
+
+    ``left`` and ``right`` count the elements that the chromosome lacks, as in the window.
+    """
+
+    starts: np.ndarray
+    begin: list[int]
+    end: list[int]
+    left: list[int]
+    right: list[int]
+    minus: list[bool]
+    padded: bool
+
+
+def _cut(
+    sites: Sites, starts: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, length: int
+) -> _Cuts:
+    """Find windows of ``length`` elements that start at ``starts`` on their chromosomes."""
+    # np.clip would cost more than the rest.
+    before = np.minimum(np.maximum(-starts, 0), length)
+    after = np.minimum(np.maximum(starts + length - sizes[sites.chrom], 0), length)
+    begin = offsets[sites.chrom] + starts
+    return _Cuts(
+        starts,
+        (begin + before).tolist(),
+        (begin + length - after).tolist(),
+        np.where(sites.minus, after, before).tolist(),
+        np.where(sites.minus, before, after).tolist(),
+        sites.minus.tolist(),
+        bool(before.any() or after.any()),
+    )
+
+
+def _copy(source: _Source, cuts: _Cuts, out: np.ndarray, fill: int) -> None:
+    """Copy each row from the store; past a chromosome end lies ``fill``."""
     length = out.shape[1]
-    size = sizes[chrom]
-    begins = offsets[chrom] + starts
-    inside = (starts >= 0) & (starts + length <= size)
-    for row, (begin, whole) in enumerate(zip(begins.tolist(), inside.tolist(), strict=True)):
-        if whole:
-            out[row] = source[begin : begin + length]
-            continue
-        start = int(starts[row])
-        first, last = max(start, 0), min(start + length, int(size[row]))
-        out[row] = fill
-        if first < last:
-            out[row, first - start : last - start] = source[
-                begin + first - start : begin + last - start
-            ]
+    for row, begin, end, left, right, minus in zip(
+        out, cuts.begin, cuts.end, cuts.left, cuts.right, cuts.minus, strict=True
+    ):
+        values = source.run(begin, end, minus)
+        if left or right:
+            row[:left] = row[length - right :] = fill
+            row[left : length - right] = values
+        else:
+            row[:] = values
 
 
-def _flip(array: np.ndarray, rows: np.ndarray) -> None:
-    """Reverse the last axis of some rows (torch's flip is vectorised, numpy's is not)."""
-    view = array.view(np.int16) if array.dtype == np.float16 else array
-    tensor = torch.from_numpy(view)
-    index = torch.from_numpy(rows)
-    tensor[index] = torch.flip(tensor[index], [-1])
+def _complement(codes: np.ndarray, minus: np.ndarray) -> None:
+    """Complement the rows of the minus strand in place."""
+    if minus.any():
+        # 3 ^ code for A, C, G, T; N (4) becomes 7 and is brought back.
+        flip = torch.from_numpy(minus[:, None] * np.uint8(3))
+        torch.from_numpy(codes).bitwise_xor_(flip).clamp_(max=PAD)
 
 
 def _by_chromosome(

@@ -223,6 +223,9 @@ def _tree(*inputs: str) -> Callable[[ControlData, ControlData, int], np.ndarray]
     def predictor(train: ControlData, test: ControlData, seed: int) -> np.ndarray:
         # Both parts must have an input for it to be used at all.
         used = [name for name in inputs if train.has(name) and test.has(name)]
+        # A column without two known values cannot be binned (a feature the annotation lacks).
+        pieces = [np.hstack([getattr(part, name) for name in used]) for part in (train, test)]
+        usable = np.array([len(np.unique(c[~np.isnan(c)])) > 1 for c in pieces[0].T])
         model = HistGradientBoostingRegressor(
             learning_rate=0.05,
             max_iter=300,
@@ -233,8 +236,10 @@ def _tree(*inputs: str) -> Callable[[ControlData, ControlData, int], np.ndarray]
             n_iter_no_change=40,
             random_state=seed,
         )
-        model.fit(np.hstack([getattr(train, name) for name in used]), train.target)
-        return model.predict(np.hstack([getattr(test, name) for name in used]))
+        if not usable.any():
+            return np.full(len(test.target), train.target.mean())
+        model.fit(pieces[0][:, usable], train.target)
+        return model.predict(pieces[1][:, usable])
 
     return predictor
 

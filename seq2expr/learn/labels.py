@@ -1,6 +1,7 @@
 """Gene-level targets from an expression table."""
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,8 +39,8 @@ def read_expression(path: str | os.PathLike) -> pd.DataFrame:
             table = pd.read_parquet(path)
         else:
             separator = "," if path.removesuffix(".gz").endswith(".csv") else "\t"
-            table = pd.read_csv(path, sep=separator, low_memory=False)
-    except (OSError, ValueError) as error:
+            table = pd.read_csv(path, sep=separator, dtype=str)  # an id 007 stays as it is
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read the expression table {path}: {error}.") from error
     table = table.set_index(table.columns[0])
     table.index = table.index.astype(str).rename("gene_id")
@@ -93,7 +94,7 @@ def read_category(path: str | os.PathLike, spec: CategorySpec) -> pd.Series:
     header = None if isinstance(spec.id, int) else 0
     try:
         table = pd.read_csv(path, sep="\t", header=header, dtype=str, quoting=3)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read the category table {path}: {error}.") from error
     keys = [column - 1 if isinstance(column, int) else column for column in (spec.id, spec.value)]
     for key in keys:
@@ -115,12 +116,10 @@ def _numbers(table: pd.DataFrame, column: str, spec: TargetSpec, where: str) -> 
         wrong |= numbers < 0
     if wrong.any():
         gene = wrong.index[wrong][0]
+        needed = "finite numbers" if spec.transform == "none" else "finite numbers of 0 or more"
         raise UserError(
-            f"{where}: column {column!r} of gene {gene!r} holds {cells[gene]!r}; a "
-            f"{spec.transform} target needs numbers of 0 or more (empty cells are masked)."
-            if spec.transform != "none"
-            else f"{where}: column {column!r} of gene {gene!r} holds {cells[gene]!r}; give finite "
-            "numbers (empty cells are masked)."
+            f"{where}: column {column!r} of gene {gene!r} holds {str(cells[gene])!r}; a target "
+            f"with transform {spec.transform} needs {needed} (empty cells are masked)."
         )
     return numbers
 

@@ -1,8 +1,10 @@
 """``transformers.Trainer`` for systems: named losses, exact resume, early stopping."""
 
+import contextlib
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,82 @@ from seq2expr.model.system import System
 from seq2expr.progress import wants_progress
 
 _COMPLETE = "complete"
+_AVERAGE = "average.pt"
+
+
+class WeightAverage:
+    """Exponential moving average of the weights of a model.
+
+    avg ← decay · avg + (1 - decay) · weights, after every step (Polyak & Juditsky 1992).
+
+    Parameters
+    ----------
+    model
+        The model, on its training device.
+    decay
+        Between 0 and 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._decay = decay
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self.state = [weight.detach().clone() for weight in self._weights]
+
+    def update(self) -> None:
+        """Take in the current weights."""
+        torch._foreach_lerp_(self.state, [w.detach() for w in self._weights], 1 - self._decay)
+
+    def swap(self) -> None:
+        """Exchange the weights of the model with the average."""
+        with torch.no_grad():
+            for weight, average in zip(self._weights, self.state, strict=True):
+                kept = weight.clone()
+                weight.copy_(average)
+                average.copy_(kept)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model hold the average for a while."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def load(self, path: Path) -> None:
+        """Read a saved average."""
+        self.state = torch.load(path, weights_only=True)
 
 
 class SystemTrainer(transformers.Trainer):
-    """Trainer that logs the named losses of a system."""
+    """Trainer that logs the named losses of a system and can keep an average of its weights.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    With ``decay`` above 0 an exponential moving average of the weights is validated, saved
+    beside each checkpoint, and left in the model at the end.
+    """
+
+    def __init__(self, *args: Any, decay: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.average = WeightAverage(self.model, decay) if decay else None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate the averaged weights, where there are any."""
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.average and self.is_world_process_zero():
+            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.average.state, place / _AVERAGE)
+
+    def _load_best_model(self) -> None:
+        if self.average is None:
+            super()._load_best_model()
+            return
+        self.average.load(Path(self.state.best_model_checkpoint) / _AVERAGE)
+        self.average.swap()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Leave biases, norms and the state matrices of Mamba (``A_log``) undecayed."""
@@ -56,11 +126,16 @@ class SystemTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _Epochs(TrainerCallback):
-    """Tell the collator the epoch, and mark checkpoints that are complete."""
+class _Housekeeping(TrainerCallback):
+    """Tell the collator the epoch, average the weights, mark checkpoints that are complete."""
 
     def __init__(self, collator: GeneCollator):
         self._collator = collator
+        self.average: WeightAverage | None = None
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        if self.average:
+            self.average.update()
 
     def on_epoch_begin(self, args, state, control, **_: Any) -> None:
         self._collator.epoch = int(state.epoch or 0)
@@ -105,15 +180,20 @@ def fit(
     The log: one entry per epoch and part.
     """
     resume = last_checkpoint(checkpoints)
+    keeper = _Housekeeping(collator)
     trainer = SystemTrainer(
         model=model,
+        decay=config.average,
         args=_arguments(config, seed, checkpoints),
         data_collator=collator,
         train_dataset=train,
         eval_dataset=valid,
         compute_metrics=_score_first_target,
-        callbacks=[_Epochs(collator), EarlyStoppingCallback(config.patience)],
+        callbacks=[keeper, EarlyStoppingCallback(config.patience)],
     )
+    keeper.average = trainer.average
+    if resume and trainer.average:
+        trainer.average.load(resume / _AVERAGE)
     # Validation windows are never augmented; the trainer has one collator for both.
     trainer.get_eval_dataloader = _with_collator(trainer, trainer.get_eval_dataloader, plain)
     trainer.remove_callback(transformers.PrinterCallback)

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
@@ -12,34 +14,87 @@ from seq2expr.model.ssm import BiMambaStack
 class ConvBlock(nn.Module):
     """Residual block: depthwise convolution over positions, MLP over channels.
 
-    x + MLP(LayerNorm(depthwise(x))), the block of ConvNeXt (Liu et al. 2022) in one dimension.
-    Everything pointwise is ``nn.Linear``, so that any adapter fits.
+    x + g · MLP(LayerNorm(depthwise(x))), the block of ConvNeXt (Liu et al. 2022) in one
+    dimension, with g learned per channel from 0.1. Everything pointwise is ``nn.Linear``, so that
+    any adapter fits.
 
     Parameters
     ----------
     d_model
         Width.
-    kernel
-        Width of the depthwise convolution (odd).
+    kernel, dilation
+        Width of the depthwise convolution (odd), and the step between its taps.
     expand
         Width of the hidden layer, as a multiple of ``d_model``.
     dropout
         On the hidden layer.
     """
 
-    def __init__(self, d_model: int, *, kernel: int, expand: int = 2, dropout: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        kernel: int,
+        dilation: int = 1,
+        expand: int = 2,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.depthwise = nn.Conv1d(d_model, d_model, kernel, padding=kernel // 2, groups=d_model)
+        self.depthwise = nn.Conv1d(
+            d_model,
+            d_model,
+            kernel,
+            padding=dilation * (kernel // 2),
+            dilation=dilation,
+            groups=d_model,
+        )
         self.norm = nn.LayerNorm(d_model)
         self.up = nn.Linear(d_model, expand * d_model)
         self.drop = nn.Dropout(dropout)
         self.down = nn.Linear(expand * d_model, d_model)
+        self.gain = nn.Parameter(torch.full((d_model,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, P, D] to [B, P, D]."""
         local = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         hidden = nn.functional.gelu(self.up(self.norm(local)))
-        return x + self.down(self.drop(hidden))
+        return x + self.gain * self.down(self.drop(hidden))
+
+
+class ConvStage(nn.Module):
+    """Shorten the sequence, then refine it: Linear over neighbouring positions, then blocks.
+
+    Parameters
+    ----------
+    d_model
+        Width.
+    stride
+        Neighbours that become one position.
+    depth
+        Number of residual blocks.
+    settings
+        Of the :class:`ConvBlock`.
+    """
+
+    def __init__(self, d_model: int, stride: int, depth: int, **settings: Any):
+        super().__init__()
+        self.stride = stride
+        self.merge = nn.Linear(stride * d_model, d_model)
+        self.position: nn.Parameter | None = None
+        self.blocks = residual_blocks(depth, d_model, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, P, D] to [B, P / stride, D]."""
+        rows, length, width = x.shape
+        x = self.merge(x.reshape(rows, length // self.stride, self.stride * width))
+        return self.blocks(x if self.position is None else x + self.position)
+
+
+def residual_blocks(depth: int, d_model: int, **settings: Any) -> nn.Sequential:
+    """Chain residual blocks with dilations 1, 2, 4, ..."""
+    return nn.Sequential(
+        *(ConvBlock(d_model, dilation=2**index, **settings) for index in range(depth))
+    )
 
 
 class ConvTower(nn.Module):
@@ -52,10 +107,16 @@ class ConvTower(nn.Module):
     d_model
         Width after the stem.
     strides
-        Factor by which each stage shortens the sequence; the first is the stride of the stem,
-        the others are taken by a Linear over neighbouring positions.
+        Factor by which each stage shortens the sequence: the first by the stem, the others by a
+        Linear over neighbouring positions.
+    stem_pool
+        Run the stem on every base and take the maximum over each stride (finds a motif wherever
+        it begins, at the cost of ``strides[0]`` times the work), rather than stepping by it.
     blocks
-        Residual blocks per stage.
+        Residual blocks of each stage (or of all), with dilations 1, 2, 4, ...
+    positional
+        Number of positions after the last stage for which a learned embedding is added before
+        its blocks; 0 for none, which leaves the tower free of the window length.
     stem_kernel, kernel
         Widths of the stem and of the depthwise convolutions (odd).
     dropout
@@ -73,10 +134,12 @@ class ConvTower(nn.Module):
         d_model: int,
         *,
         strides: Sequence[int] = (4, 2, 2),
-        blocks: int = 1,
+        blocks: int | Sequence[int] = 1,
         stem_kernel: int = 15,
+        stem_pool: bool = False,
         kernel: int = 7,
         dropout: float = 0.0,
+        positional: int = 0,
     ):
         super().__init__()
         for width in (stem_kernel, kernel):
@@ -86,14 +149,20 @@ class ConvTower(nn.Module):
                 )
         self.d_model = d_model
         self.stride = math.prod(strides)
-        self.stem = nn.Conv1d(
-            d_in, d_model, stem_kernel, stride=strides[0], padding=stem_kernel // 2
+        step = 1 if stem_pool else strides[0]
+        self.stem = nn.Conv1d(d_in, d_model, stem_kernel, stride=step, padding=stem_kernel // 2)
+        self.pool = nn.MaxPool1d(strides[0]) if stem_pool else nn.Identity()
+        depths = [blocks] * len(strides) if isinstance(blocks, int) else list(blocks)
+        if len(depths) != len(strides):
+            raise UserError(f"blocks {depths} must have one number for each stride {strides}.")
+        settings = {"kernel": kernel, "dropout": dropout}
+        self.first = residual_blocks(depths[0], d_model, **settings)
+        self.stages = nn.ModuleList(
+            ConvStage(d_model, stride, depth, **settings)
+            for stride, depth in zip(strides[1:], depths[1:], strict=True)
         )
-        self.stages = nn.ModuleList()
-        for index, stride in enumerate(strides):
-            merge = nn.Linear(stride * d_model, d_model) if index else nn.Identity()
-            stage = [ConvBlock(d_model, kernel=kernel, dropout=dropout) for _ in range(blocks)]
-            self.stages.append(nn.ModuleDict({"merge": merge, "blocks": nn.Sequential(*stage)}))
+        if positional and self.stages:
+            self.stages[-1].position = nn.Parameter(torch.zeros(positional, d_model))
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,12 +178,11 @@ class ConvTower(nn.Module):
                 f"A window of {x.shape[1]} bp cannot be shortened {self.stride}-fold; "
                 "choose a width that is a multiple of the product of the strides."
             )
-        x = nn.functional.gelu(self.stem(x.transpose(1, 2)).transpose(1, 2))
-        for index, stage in enumerate(self.stages):
-            if index:
-                x = _group(x, stage["merge"].in_features // self.d_model)
-                x = stage["merge"](x)
-            x = stage["blocks"](x)
+        # No norm behind the stem: it would undo a mask that scales the input.
+        x = nn.functional.gelu(self.pool(self.stem(x.transpose(1, 2)))).transpose(1, 2)
+        x = self.first(x)
+        for stage in self.stages:
+            x = stage(x)
         return self.norm(x)
 
 
@@ -166,9 +234,3 @@ def build_backbone(kind: str, d_in: int, d_model: int, settings: dict | None) ->
         return BACKBONES[kind](d_in, d_model, **(settings or {}))
     except TypeError as error:
         raise UserError(f"Backbone {kind!r}: {error}.") from error
-
-
-def _group(x: Tensor, size: int) -> Tensor:
-    """Put ``size`` neighbouring positions side by side: [B, P, D] → [B, P / size, size · D]."""
-    rows, length, width = x.shape
-    return x.reshape(rows, length // size, size * width)

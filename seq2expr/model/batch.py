@@ -84,7 +84,7 @@ class Prediction(ModelOutput):
     importance
         Importance of every base [B, L], where the system has one.
     profile
-        Predicted ln(1 + value) of the base-level targets [B, K, L/bin], where trained.
+        Predicted base-level targets [B, K, P]: ln(1 + sum over the bases of each position).
     losses
         The named parts of ``loss``.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seq2expr.model.layers import resample
+from seq2expr.errors import UserError
 
 HeadKind = Literal["linear", "mlp", "identity"]
 
@@ -29,6 +29,8 @@ class ExpressionHead(nn.Module):
         answer).
     hidden, depth, dropout
         Of the MLP.
+    input_dropout
+        On the site embedding.
     mean, sd
         Scaling fitted on training rows, by default 0 and 1.
     weights
@@ -48,6 +50,7 @@ class ExpressionHead(nn.Module):
         hidden: int = 128,
         depth: int = 2,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
         mean: Sequence[float] | None = None,
         sd: Sequence[float] | None = None,
         weights: Sequence[float] | None = None,
@@ -55,6 +58,13 @@ class ExpressionHead(nn.Module):
         activation: Literal["relu", "gelu"] = "relu",
     ):
         super().__init__()
+        for name, value, allowed in (
+            ("kind", kind, ("linear", "mlp", "identity")),
+            ("loss", loss, ("smooth_l1", "mse")),
+            ("activation", activation, ("relu", "gelu")),
+        ):
+            if value not in allowed:
+                raise UserError(f"model.head.{name} is {value!r}; it can be {', '.join(allowed)}.")
         self.targets = list(targets)
         self.loss_kind = loss
         count = len(self.targets)
@@ -64,7 +74,7 @@ class ExpressionHead(nn.Module):
         elif kind == "linear":
             self.net = nn.Linear(d_in, count)
         else:
-            layers: list[nn.Module] = []
+            layers: list[nn.Module] = [nn.Dropout(input_dropout)] if input_dropout else []
             for layer in range(depth):
                 layers += [nn.Linear(hidden if layer else d_in, hidden), act()]
                 layers += [nn.Dropout(dropout)] if dropout else []
@@ -98,7 +108,7 @@ class ExpressionHead(nn.Module):
 
 
 class ProfileHead(nn.Module):
-    """Predict base-level tracks from positions: ln(1 + value) per bin.
+    """Predict base-level tracks from positions: ln(1 + sum over the bases of the position).
 
     Parameters
     ----------
@@ -106,20 +116,40 @@ class ProfileHead(nn.Module):
         Width of the positions.
     channels
         Number K of profile channels.
-    bins
-        Number of bins of a window.
     """
 
-    def __init__(self, d_model: int, channels: int, bins: int):
+    def __init__(self, d_model: int, channels: int):
         super().__init__()
-        self.bins = bins
         self.out = nn.Linear(d_model, channels)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Predict [B, K, bins] from positions [B, P, D]."""
-        return resample(self.out(positions), self.bins).transpose(1, 2).float()
+        """Predict [B, K, P] from positions [B, P, D]."""
+        return self.out(positions).transpose(1, 2).float()
 
-    def loss(self, predicted: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-        """Return the mean squared error of ln(1 + value); values stored as ``value / scale``."""
-        physical = values.float() * scale.view(-1, 1)
-        return F.mse_loss(predicted, torch.log1p(physical.abs()))
+    def total(self, predicted: Tensor) -> Tensor:
+        """Return ln(1 + sum over all bases) [B, K] of a predicted profile [B, K, P]."""
+        return torch.log1p(torch.expm1(predicted.clamp(0, 20)).sum(-1))
+
+    def loss(self, predicted: Tensor, values: Tensor, scale: Tensor, *, bin_bp: int) -> Tensor:
+        """Return the mean squared error of ln(1 + sum).
+
+        Parameters
+        ----------
+        predicted
+            [B, K, P].
+        values
+            Stored bin means [B, K, L / bin_bp]; the physical value is ``values * scale``.
+        scale
+            [K].
+        bin_bp
+            Bases per bin.
+        """
+        sums = (values.float() * scale.view(-1, 1)).abs() * bin_bp
+        bins, positions = sums.shape[-1], predicted.shape[-1]
+        if bins % positions:
+            raise UserError(
+                f"{bins} bins of the target tracks do not fall into {positions} positions; choose "
+                "bin_bp so that it divides the stride of the predictor."
+            )
+        sums = sums.unflatten(-1, (positions, bins // positions)).sum(-1)
+        return F.mse_loss(predicted, torch.log1p(sums))

@@ -75,24 +75,33 @@ def resample(values: Tensor, length: int) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """Weighted mean over positions, with learned weights softmax(w · x).
+    """Weighted means over positions: softmax(w · x + bias of the position + ln mask).
 
     Parameters
     ----------
     d_model
         Width of the positions.
+    positions
+        Number P of positions.
+    center
+        Position on which the weights are centred before training, as a Gaussian with the spread
+        of a quarter of the window.
     heads
-        Number of weightings; each pools its own slice of the width.
+        Number of weightings.
     """
 
-    def __init__(self, d_model: int, heads: int = 4):
+    def __init__(self, d_model: int, positions: int, *, center: float, heads: int = 4):
         super().__init__()
         self.heads = heads
         self.score = nn.Linear(d_model, heads)
+        distance = (torch.arange(positions) + 0.5 - center) / (positions / 4)
+        self.bias = nn.Parameter((-(distance**2) / 2).unsqueeze(1).repeat(1, heads))
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """Pool [B, P, D] to [B, D]."""
-        rows, length, width = positions.shape
-        weights = self.score(positions).float().softmax(dim=1).to(positions.dtype)
-        slices = positions.view(rows, length, self.heads, width // self.heads)
-        return torch.einsum("bph,bphd->bhd", weights, slices).reshape(rows, width)
+    def forward(self, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool [B, P, D] to [B, heads · D]; a mask [B, P] in 0..1 scales the weights."""
+        scores = self.score(positions).float() + self.bias
+        if mask is not None:
+            scores = scores + mask.float().clamp_min(1e-4).log().unsqueeze(-1)
+        weights = scores.softmax(dim=1)
+        pooled = torch.einsum("bph,bpd->bhd", weights.to(positions.dtype), positions)
+        return pooled.flatten(1)

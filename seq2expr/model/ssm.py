@@ -58,7 +58,7 @@ class BiMambaStack(nn.Module):
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             _Layer(
-                _norm(d_model),
+                _Norm(d_model, eps=1e-5),
                 BiMamba(
                     d_model,
                     d_state=d_state,
@@ -70,7 +70,7 @@ class BiMambaStack(nn.Module):
             )
             for _ in range(n_layer)
         )
-        self.norm = _norm(d_model)
+        self.norm = _Norm(d_model, eps=1e-5)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mix positions.
@@ -99,6 +99,13 @@ class BiMambaStack(nn.Module):
             else:
                 x = layer(x, padding)
         return self.norm(x)
+
+
+class _Norm(nn.RMSNorm):
+    """RMSNorm in the precision of its weight (under autocast PyTorch warns of a mixture)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 class _Layer(nn.Module):
@@ -188,8 +195,6 @@ class _Direction(nn.Module):
         with torch.no_grad():
             step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(1e-4)
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus^-1(step)
-        for parameter in (self.A_log, self.D, self.dt_proj.bias):
-            parameter._no_weight_decay = True
 
     def forward(self, v: Tensor, padding: Tensor | None) -> _ScanInputs:
         rank, (_, n) = self.dt_proj.in_features, self.A_log.shape
@@ -209,9 +214,3 @@ class _Direction(nn.Module):
         past = F.pad(v, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2).unsqueeze(2)
         out = F.conv2d(past, conv.weight.unsqueeze(2), conv.bias, groups=conv.groups)
         return out.squeeze(2).transpose(1, 2)
-
-
-def _norm(d_model: int) -> nn.RMSNorm:
-    norm = nn.RMSNorm(d_model, eps=1e-5)
-    norm.weight._no_weight_decay = True
-    return norm

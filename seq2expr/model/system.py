@@ -50,6 +50,8 @@ class SystemConfig(PreTrainedConfig):
         Settings of the :class:`seq2expr.model.heads.ExpressionHead`.
     profile_weight
         Weight of the base-level loss.
+    profile_readout
+        Also give the head the total of each predicted profile, ln(1 + sum).
     """
 
     model_type: ClassVar[str] = "seq2expr"
@@ -74,6 +76,7 @@ class SystemConfig(PreTrainedConfig):
     tss_rule: str = "gene"
     head: dict | None = None
     profile_weight: float = 1.0
+    profile_readout: bool = False
 
 
 FITTED = (
@@ -100,16 +103,21 @@ def settings_of(config_class: type[SystemConfig]) -> list[str]:
 class System(PreTrainedModel):
     """A system: ``encode`` says what the site says, the head turns it into expression.
 
-    Subclasses set ``config_class`` and ``needs``, build their layers, and implement
-    :meth:`encode`. In evaluation mode a row's answer depends on nothing but the row.
+    Subclasses set ``config_class``, build their layers, and implement :meth:`encode`. In
+    evaluation mode a row's answer depends on nothing but the row.
     """
 
     config_class = SystemConfig
     base_model_prefix = ""
     main_input_name = "codes"
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
     twins: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Control models: settings that differ from the model's own, by name of the twin."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a batch that the system reads, by its configuration."""
+        by_config = {"signal": self.config.tracks, "features": self.config.n_features}
+        return ("codes", *(name for name, read in by_config.items() if read))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> "System":
@@ -129,18 +137,17 @@ class System(PreTrainedModel):
     def build_heads(self, d_site: int, d_positions: int) -> None:
         """Make the expression head, and the profile head where there are base-level targets."""
         config = self.config
-        self.head = ExpressionHead(
-            d_site,
-            config.targets,
-            mean=config.target_mean,
-            sd=config.target_sd,
-            weights=config.target_weight,
-            **(config.head or {}),
-        )
+        if config.profiles and config.profile_readout:
+            d_site += len(config.profiles)
+        fitted = {"mean": config.target_mean, "sd": config.target_sd}
+        fitted["weights"] = config.target_weight
+        try:
+            self.head = ExpressionHead(d_site, config.targets, **fitted, **(config.head or {}))
+        except TypeError as error:
+            raise UserError(f"model.head: {error}.") from error
         self.profile_head = None
         if config.profiles:
-            bins = config.width // config.bin_bp
-            self.profile_head = ProfileHead(d_positions, len(config.profiles), bins)
+            self.profile_head = ProfileHead(d_positions, len(config.profiles))
 
     def encode(self, batch: Batch) -> Encoded:
         """Turn a batch into site embeddings (each system's own)."""
@@ -149,15 +156,20 @@ class System(PreTrainedModel):
     def forward(self, **fields: Any) -> Prediction:
         """Predict the targets of a batch given as keyword fields of :class:`Batch`."""
         batch = Batch(**fields)
+        self._check(batch)
         encoded = self.encode(batch)
-        mean = self.head(encoded.site)
+        site, profile = encoded.site, None
         losses = dict(encoded.losses)
-        profile = None
         if self.profile_head is not None:
             profile = self.profile_head(encoded.positions)
+            if self.config.profile_readout:
+                site = torch.cat([site, self.profile_head.total(profile).to(site.dtype)], dim=1)
             if batch.profile is not None:
-                loss = self.profile_head.loss(profile, batch.profile, batch.profile_scale)
+                loss = self.profile_head.loss(
+                    profile, batch.profile, batch.profile_scale, bin_bp=self.config.bin_bp
+                )
                 losses["profile"] = self.config.profile_weight * loss
+        mean = self.head(site)
         if batch.target is not None:
             losses["expression"] = self.head.loss(mean, batch.target, batch.target_mask)
         return Prediction(
@@ -167,6 +179,23 @@ class System(PreTrainedModel):
             profile=profile,
             losses={name: loss.detach() for name, loss in losses.items()} or None,
         )
+
+    def _check(self, batch: Batch) -> None:
+        """Refuse a batch that lacks what the system reads."""
+        flags = {
+            "codes": "--genome FASTA",
+            "signal": " ".join(
+                "--contacts FILE" if name == "contacts" else f"--track {name}=BIGWIG"
+                for name in self.config.tracks or []
+            ),
+            "features": "--features TABLE, or --gtf GTF for the computed ones",
+        }
+        missing = [name for name in self.needs if getattr(batch, name) is None]
+        if missing:
+            raise UserError(
+                f"The model reads {', '.join(self.needs)}; the batch has no {missing[0]}. "
+                f"Give {flags[missing[0]]}."
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the initialisation that layers gave themselves."""
@@ -208,6 +237,8 @@ def system_class(model_type: str) -> type[System]:
     try:
         module = import_module(f"seq2expr.systems.{model_type}")
     except ModuleNotFoundError as error:
+        if error.name != f"seq2expr.systems.{model_type}":
+            raise
         raise UserError(
             f"The checkpoint is of the system {model_type!r}, which this version does not have. "
             "See `seq2expr list`."

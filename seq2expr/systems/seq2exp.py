@@ -62,8 +62,9 @@ class Seq2ExpConfig(SystemConfig):
         ``conv`` or ``bimamba``.
     generator, predictor
         Settings of the two backbones.
-    d_embed, d_model
-        Width of the base embeddings and of the backbones.
+    d_embed, d_model, d_generator
+        Width of the base embeddings, of the predictor, and of the generator (by default that of
+        the predictor).
     mask
         ``soft``, ``hard``, ``none`` (unmasked twin: the predictor sees everything), or
         ``promoter`` (promoter-only twin: it sees nothing but the forced promoter).
@@ -99,6 +100,7 @@ class Seq2ExpConfig(SystemConfig):
     predictor: dict | None = None
     d_embed: int = 16
     d_model: int = 128
+    d_generator: int | None = None
     mask: str = "soft"
     promoter_bp: int = 200
     pool: str = "promoter"
@@ -131,10 +133,26 @@ class Seq2ExpConfig(SystemConfig):
             published = published | _PUBLISHED_TRACKS
             self.stranded, self.pack = False, self.mask == "hard"
             self.target_mean = self.target_sd = None
+        if self.top_k is not None and not 0 < self.top_k <= 1:
+            raise UserError(f"model.top_k is {self.top_k}; give a share above 0, at most 1.")
+        if self.pack and self.mask in ("soft", "hard"):
+            self._check_pack()
         for name, value in published.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
+
+    def _check_pack(self) -> None:
+        """Refuse what a predictor of kept bases cannot do."""
+        wanted = {"backbone": "bimamba", "pool": "promoter", "profiles": None}
+        for name, value in wanted.items():
+            if (getattr(self, name) or None) != value:
+                raise UserError(
+                    f"A packed predictor (model.pack, or faithful with hard masks) needs {name} "
+                    f"{value or 'to be empty'}; it is {getattr(self, name)!r}."
+                )
+        if not self.promoter_bp:
+            raise UserError("A packed predictor pools the promoter; set promoter_bp above 0.")
 
 
 class Seq2Exp(System):
@@ -147,7 +165,6 @@ class Seq2Exp(System):
     """
 
     config_class = Seq2ExpConfig
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
     twins: ClassVar = {"unmasked": {"mask": "none"}, "promoter_only": {"mask": "promoter"}}
 
     def __init__(self, config: Seq2ExpConfig):
@@ -166,18 +183,27 @@ class Seq2Exp(System):
         self.shared = config.faithful and config.mask == "hard"
         self.generator = self.to_logits = self.positional = None
         if config.mask in ("soft", "hard"):
-            self.to_logits = nn.Linear(config.d_model, 2)
+            # The shared stack is the predictor.
+            own = None if self.shared else config.d_generator
+            d_generator = own or config.d_model
+            self.to_logits = nn.Linear(d_generator, 2)
             if self.shared:
                 self.positional = nn.Parameter(torch.zeros(1, config.width, config.d_embed))
             else:
                 self.generator = build_backbone(
-                    config.backbone, config.d_embed, config.d_model, config.generator
+                    config.backbone, config.d_embed, d_generator, config.generator
                 )
             if tracks:
                 self.register_buffer("thresholds", torch.tensor(_thresholds(config)))
                 self.register_buffer("weights", torch.tensor(_weights(config)))
-        self.attention = AttentionPool(config.d_model) if config.pool == "attention" else None
-        self.build_heads(config.d_model + config.n_features, config.d_model)
+        self.attention, d_pooled = None, config.d_model
+        if config.pool == "attention":
+            stride = self.predictor.stride
+            self.attention = AttentionPool(
+                config.d_model, config.width // stride, center=self.promoter.start / stride
+            )
+            d_pooled *= self.attention.heads
+        self.build_heads(d_pooled + config.n_features, config.d_model)
         self.post_init()
 
     @property
@@ -204,8 +230,7 @@ class Seq2Exp(System):
             inputs = sequence + resample(embedded, sequence.shape[1])
         if self.to_logits is None:
             mask = self._fixed_mask(batch) if self.config.mask == "promoter" else None
-            masked = inputs if mask is None else inputs * mask.unsqueeze(-1).to(inputs.dtype)
-            return self._site(self.predictor(masked), batch)
+            return self._encode_masked(inputs, mask, batch)
         if self.shared:
             inputs = inputs + self.positional
         source = inputs if self.shared else sequence
@@ -215,8 +240,7 @@ class Seq2Exp(System):
         if self.config.pack:
             encoded = self._encode_packed(inputs, mask, batch)
         else:
-            masked = inputs * mask.unsqueeze(-1).to(inputs.dtype)
-            encoded = self._site(self.predictor(masked), batch)
+            encoded = self._encode_masked(inputs, mask, batch)
         return dataclasses.replace(encoded, importance=importance, losses=losses)
 
     def _posterior(self, source: Tensor, signal: Tensor | None) -> BetaParameters:
@@ -271,12 +295,23 @@ class Seq2Exp(System):
         weights = resample(free.unsqueeze(-1), divergence.shape[1]).squeeze(-1)
         return (divergence * weights).sum() / weights.sum().clamp_min(1)
 
-    def _site(self, positions: Tensor, batch: Batch) -> Encoded:
-        """Pool positions [B, P, D] and append the gene features."""
+    def _encode_masked(self, inputs: Tensor, mask: Tensor | None, batch: Batch) -> Encoded:
+        """Predict from masked inputs, pool the positions, and append the gene features.
+
+        The mask also weighs the positions where they are pooled: the norms of a backbone all but
+        undo a soft mask on its input (by construction: RMSNorm and LayerNorm do not see scale).
+        """
+        share = None
+        if mask is not None:
+            inputs = inputs * mask.unsqueeze(-1).to(inputs.dtype)
+        positions = self.predictor(inputs)
+        if mask is not None and not self.config.faithful:
+            share = resample(mask.unsqueeze(-1), positions.shape[1]).squeeze(-1)
         if self.attention is not None:
-            pooled = self.attention(positions)
+            pooled = self.attention(positions, share)
         elif self.config.pool == "mean":
-            pooled = positions.mean(1)
+            weighted = positions if share is None else positions * share.unsqueeze(-1)
+            pooled = weighted.mean(1)
         else:
             stride = self.predictor.stride
             promoter = self.promoter

@@ -1,0 +1,94 @@
+"""What all tests share: a cache of their own, and small genomes, annotations and bigWigs."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyBigWig
+import pytest
+
+REALDATA = Path(
+    os.environ.get("SEQ2EXPR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory) -> Iterator[None]:
+    """Keep fixtures that outlive one test out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQ2EXPR_CACHE", str(tmp_path_factory.mktemp("session_cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache of this test, empty."""
+    path = tmp_path / "cache"
+    monkeypatch.setenv("SEQ2EXPR_CACHE", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real data."""
+    if not REALDATA.is_dir():
+        pytest.skip(f"no real data at {REALDATA}; set SEQ2EXPR_TEST_DATA")
+    return REALDATA
+
+
+class Gene(NamedTuple):
+    """A gene of a small annotation, 0-based half-open."""
+
+    gene_id: str
+    chrom: str
+    start: int
+    end: int
+    strand: str
+
+
+def random_sequence(length: int, *, seed: int, letters: str = "ACGT") -> str:
+    """Letters drawn evenly."""
+    return "".join(np.random.default_rng(seed).choice(list(letters), length))
+
+
+def write_fasta(path: Path, sequences: Mapping[str, str], *, width: int = 60) -> Path:
+    """Write sequences in lines of ``width`` letters."""
+    lines = []
+    for name, text in sequences.items():
+        lines += [f">{name} described"]
+        lines += [text[start : start + width] for start in range(0, len(text), width)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_bigwig(
+    path: Path, lengths: Mapping[str, int], values: Mapping[str, Sequence[float]]
+) -> Path:
+    """Write one value per base; bases that are NaN are not covered."""
+    with pyBigWig.open(str(path), "w") as handle:
+        handle.addHeader(list(lengths.items()))
+        for chrom in lengths:
+            track = np.asarray(values.get(chrom, []), dtype=np.float64)
+            covered = np.flatnonzero(~np.isnan(track))
+            if len(covered):
+                handle.addEntries(
+                    [chrom] * len(covered),
+                    covered.tolist(),
+                    ends=(covered + 1).tolist(),
+                    values=track[covered].tolist(),
+                )
+    return path
+
+
+def write_gtf(path: Path, genes: Sequence[Gene]) -> Path:
+    """Write one line per gene."""
+    path.write_text(
+        "".join(
+            f"{gene.chrom}\tx\tgene\t{gene.start + 1}\t{gene.end}\t.\t{gene.strand}\t.\t"
+            f'gene_id "{gene.gene_id}"; gene_biotype "protein_coding";\n'
+            for gene in genes
+        )
+    )
+    return path
