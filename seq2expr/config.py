@@ -100,7 +100,7 @@ class FeatureSpec(Strict):
         A table with ``gene_id`` and numeric columns, relative to the data root.
     """
 
-    computed: list[Literal["lengths", "gc", "codons", "neighbours"]] = []
+    computed: list[Literal["lengths", "gc", "codons", "neighbours", "repeats"]] = []
     table: str | None = None
 
 

@@ -22,6 +22,9 @@ group ``neighbours``         all genes of the annotation, whether asked for or n
 ``downstream_convergent``    1 when that downstream gene is on the other strand, 0 when tandem
 ``overlap_same_strand``      fraction of the gene body that other genes of its strand cover
 ``overlap_opposite_strand``  fraction that genes of the other strand cover
+group ``repeats``            reads of repeated sequence map to several places and are often lost
+``repeat_gene``              share of the 24-bp words of the gene that occur elsewhere in the genome
+``repeat_upstream``          the same of the 300 bp before the 5' end of the gene
 ===========================  =================================================================
 
 What an annotation cannot give is NaN: everything of the CDS for a non-coding gene, the neighbour
@@ -40,9 +43,10 @@ import numpy as np
 import pandas as pd
 
 from seq2expr.dna.genome import reverse_complement
+from seq2expr.dna.repeats import Repeats
 from seq2expr.errors import UserError
 
-GROUPS = ("lengths", "gc", "codons", "neighbours")
+GROUPS = ("lengths", "gc", "codons", "neighbours", "repeats")
 """The groups of features, in the order of their columns."""
 
 CODONS = tuple("".join(bases) for bases in product("ACGT", repeat=3))
@@ -51,6 +55,7 @@ CODONS = tuple("".join(bases) for bases in product("ACGT", repeat=3))
 _STOPS = np.flatnonzero(np.isin(CODONS, ["TAA", "TAG", "TGA"]))
 _KINDS = ("utr5", "cds", "utr3")
 _MIN_ANNOTATED = 0.01
+_BEFORE_BP = 300
 
 Fetch = Callable[[str, int, int], np.ndarray]
 """``(chrom, start, end)`` to uint8 codes of the plus strand."""
@@ -62,7 +67,7 @@ _MAX_SD = 4.0
 
 @dataclass(frozen=True)
 class FeatureScaler:
-    """Standardises features as they were in training, clips at ± 4 sd, and imputes what is missing.
+    """Standardises features as in training, clips them at ± 4 sd, and imputes what is missing.
 
     Fitted on training genes only. A missing value becomes the training mean, which is 0. A feature
     that was missing for some training genes also has an indicator column, 1 where it is missing;
@@ -135,7 +140,8 @@ def gene_features(
     genes: pd.DataFrame,
     sequence: Fetch,
     *,
-    groups: Sequence[str] = GROUPS,
+    groups: Sequence[str] = GROUPS[:4],
+    repeats: Repeats | None = None,
 ) -> pd.DataFrame:
     """Compute features of genes from their annotation and the genome.
 
@@ -151,6 +157,8 @@ def gene_features(
         Reader of the genome: ``(chrom, start, end)`` to uint8 codes of the plus strand.
     groups
         Which groups of the table in this module's docstring to compute.
+    repeats
+        Repeated words of the genome; needed for the group ``repeats``.
 
     Returns
     -------
@@ -181,6 +189,8 @@ def gene_features(
             blocks.append(_codon_use(kinds["cds"], frame).set_index(ids))
     if "neighbours" in groups:
         blocks.append(_neighbours(gtf[gtf["feature"] == "gene"]).reindex(ids))
+    if "repeats" in groups:
+        blocks.append(_repeats(genes.set_index(ids), repeats))
     return pd.concat(blocks, axis=1) if blocks else pd.DataFrame(index=ids)
 
 
@@ -378,6 +388,21 @@ def _neighbours(genes: pd.DataFrame) -> pd.DataFrame:
         opposite[strand] = _covered(bounds[:, strand], bounds[:, ~strand], depth=1)
     features |= {"overlap_same_strand": same, "overlap_opposite_strand": opposite}
     return pd.DataFrame(features, index=pd.Index(genes["gene_id"]))
+
+
+def _repeats(genes: pd.DataFrame, repeats: Repeats) -> pd.DataFrame:
+    """Repeated words in and before genes (``chrom start end strand``)."""
+    rows = []
+    for gene in genes.itertuples():
+        before = (gene.start - _BEFORE_BP, gene.start)
+        if gene.strand == "-":
+            before = (gene.end, gene.end + _BEFORE_BP)
+        shares = (
+            repeats.share(gene.chrom, gene.start, gene.end),
+            repeats.share(gene.chrom, *before),
+        )
+        rows.append(shares)
+    return pd.DataFrame(rows, index=genes.index, columns=["repeat_gene", "repeat_upstream"])
 
 
 def _nearest_left(start: np.ndarray, end: np.ndarray) -> np.ndarray:

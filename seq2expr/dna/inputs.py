@@ -16,6 +16,7 @@ from seq2expr.dna.genes import gene_table, read_gtf
 from seq2expr.dna.genome import Genome
 from seq2expr.dna.intervals import read_bed
 from seq2expr.dna.names import read_chrom_map, resolve_names
+from seq2expr.dna.repeats import Repeats
 from seq2expr.dna.tracks import Track, TrackType
 from seq2expr.dna.windows import Windows
 from seq2expr.errors import Seq2ExprWarning, UserError
@@ -195,7 +196,14 @@ class DnaInputs:
         """
         blocks = []
         if groups:
-            blocks.append(gene_features(self._gtf, genes, self.genome.sequence, groups=groups))
+            repeats = None
+            if "repeats" in groups:
+                repeats = Repeats.from_genome(self.genome, self.files.genome, verify=self._verify)
+            blocks.append(
+                gene_features(
+                    self._gtf, genes, self.genome.sequence, groups=groups, repeats=repeats
+                )
+            )
         if self._feature_table is not None:
             table = self._feature_table.reindex(genes["gene_id"])
             absent = int(table.isna().all(axis=1).sum())
