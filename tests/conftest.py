@@ -83,12 +83,18 @@ def write_bigwig(
 
 
 def write_gtf(path: Path, genes: Sequence[Gene]) -> Path:
-    """Write one line per gene."""
+    """Write genes of one exon that is all coding."""
     path.write_text(
         "".join(
-            f"{gene.chrom}\tx\tgene\t{gene.start + 1}\t{gene.end}\t.\t{gene.strand}\t.\t"
-            f'gene_id "{gene.gene_id}"; gene_biotype "protein_coding";\n'
+            f"{gene.chrom}\tx\t{feature}\t{gene.start + 1}\t{gene.end}\t.\t{gene.strand}\t.\t"
+            f'gene_id "{gene.gene_id}"; gene_biotype "protein_coding";'
+            f"{transcript}\n"
             for gene in genes
+            for feature, transcript in (
+                ("gene", ""),
+                ("exon", f' transcript_id "{gene.gene_id}-t";'),
+                ("CDS", f' transcript_id "{gene.gene_id}-t";'),
+            )
         )
     )
     return path

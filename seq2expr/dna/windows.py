@@ -115,10 +115,10 @@ class Windows:
             raise UserError(f"tss_index {self.tss_index} lies outside 0..{self.width - 1}.")
         layout = Layout(self.genome.lengths, self.bin_bp)
         set_ = object.__setattr__
-        set_(self, "_lengths", np.array(list(self.genome.lengths.values()), dtype=np.int64))
-        set_(self, "_offsets", np.array(list(self.genome.offsets.values()), dtype=np.int64))
-        set_(self, "_bins", layout.sizes)
-        set_(self, "_bin_offsets", layout.offsets)
+        set_(self, "_lengths", list(self.genome.lengths.values()))
+        set_(self, "_offsets", list(self.genome.offsets.values()))
+        set_(self, "_bins", layout.sizes.tolist())
+        set_(self, "_bin_offsets", layout.offsets.tolist())
         set_(self, "_sequence", _Source(self.genome.codes))
         set_(self, "_signals", [_Source(track.values) for track in self.tracks])
         set_(self, "_targets", [_Source(track.values) for track in self.profiles])
@@ -155,7 +155,7 @@ class Windows:
             name = genes.loc[chrom.isna(), "chrom"].iloc[0]
             raise UserError(f"Chromosome {name!r} is not in the FASTA ({', '.join(number)}).")
         tss = genes["tss"].to_numpy(np.int64)
-        outside = tss >= self._lengths[chrom.to_numpy(np.int64)]
+        outside = tss >= np.take(self._lengths, chrom.to_numpy(np.int64))
         if outside.any():
             row = genes.loc[outside].iloc[0]
             length = self.genome.lengths[row["chrom"]]
@@ -175,7 +175,7 @@ class Windows:
     def padded(self, sites: Sites) -> np.ndarray:
         """Tell which windows pass a chromosome end, bool [B]."""
         starts = self.starts(sites)
-        return (starts < 0) | (starts + self.width > self._lengths[sites.chrom])
+        return (starts < 0) | (starts + self.width > np.take(self._lengths, sites.chrom))
 
     def read(self, sites: Sites, *, out: WindowArrays | None = None) -> WindowArrays:
         """Read one window per site.
@@ -187,45 +187,47 @@ class Windows:
         out
             Buffers of an earlier read of as many rows, to be filled again.
         """
-        codes = np.empty((len(sites.tss), self.width), np.uint8) if out is None else out.codes
-        cuts = _cut(sites, self.starts(sites), self._offsets, self._lengths, self.width)
+        starts = self.starts(sites)
+        cuts = _cut(sites, starts, self._offsets, self._lengths, self.width)
+        codes = np.empty((len(cuts), self.width), np.uint8) if out is None else out.codes
         _copy(self._sequence, cuts, codes, PAD)
         _complement(codes, sites.minus)
-        signal = self._signal(sites, cuts, out and out.signal)
+        keep = self._keep(sites, starts, cuts)
+        if self.bin_bp > 1:
+            starts = (starts + self.bin_bp // 2) // self.bin_bp
+            bins = self.width // self.bin_bp
+            cuts = _cut(sites, starts, self._bin_offsets, self._bins, bins)
+        signal = self._signal(sites, starts, cuts, out and out.signal)
         profile = self._profile(sites, cuts, out and out.profile)
-        return WindowArrays(codes, signal, profile, self._keep(sites, cuts))
+        return WindowArrays(codes, signal, profile, keep)
 
-    def _bin_cuts(self, sites: Sites, cuts: "_Cuts") -> "_Cuts":
-        if self.bin_bp == 1:
-            return cuts
-        starts = (cuts.starts + self.bin_bp // 2) // self.bin_bp
-        return _cut(sites, starts, self._bin_offsets, self._bins, self.width // self.bin_bp)
-
-    def _signal(self, sites: Sites, cuts: "_Cuts", out: np.ndarray | None) -> np.ndarray | None:
+    def _signal(
+        self, sites: Sites, starts: np.ndarray, cuts: "list[_Cut]", out: np.ndarray | None
+    ) -> np.ndarray | None:
         channels = len(self.tracks) + (self.contacts is not None)
         if not channels:
             return None
         if out is None:
-            dtype = np.float32 if self.contacts else self.tracks[0].values.dtype
-            out = np.empty((len(sites.tss), channels, self.width // self.bin_bp), dtype)
-        cuts = self._bin_cuts(sites, cuts)
+            dtype = self.tracks[0].values.dtype if self.contacts is None else np.float32
+            out = np.empty((len(cuts), channels, self.width // self.bin_bp), dtype)
         for channel, source in enumerate(self._signals):
             _copy(source, cuts, out[:, channel], 0)
         if self.contacts is not None:
             vector = np.empty(self.width, np.float32)
             for row, gene in enumerate(sites.gene_id):
-                self.contacts.paint(gene, int(cuts.starts[row]) * self.bin_bp, vector)
+                self.contacts.paint(gene, int(starts[row]) * self.bin_bp, vector)
                 means = bin_means(vector, self.bin_bp)
                 out[row, -1] = means[::-1] if sites.minus[row] else means
         return out
 
-    def _profile(self, sites: Sites, cuts: "_Cuts", out: np.ndarray | None) -> np.ndarray | None:
+    def _profile(
+        self, sites: Sites, cuts: "list[_Cut]", out: np.ndarray | None
+    ) -> np.ndarray | None:
         if not self.profiles:
             return None
         if out is None:
-            shape = (len(sites.tss), len(self.profiles), self.width // self.bin_bp)
+            shape = (len(cuts), len(self.profiles), self.width // self.bin_bp)
             out = np.empty(shape, self.profiles[0].values.dtype)
-        cuts = self._bin_cuts(sites, cuts)
         for channel, source in enumerate(self._targets):
             _copy(source, cuts, out[:, channel], 0)
         rows = np.flatnonzero(sites.minus)
@@ -233,16 +235,17 @@ class Windows:
             out[np.ix_(rows, [plus, other])] = out[np.ix_(rows, [other, plus])]
         return out
 
-    def _keep(self, sites: Sites, cuts: "_Cuts") -> np.ndarray | None:
+    def _keep(self, sites: Sites, starts: np.ndarray, cuts: "list[_Cut]") -> np.ndarray | None:
         """Mark the bases that count."""
-        if not self._blocked and not cuts.padded:
+        if not self._blocked and not any(cut.left or cut.right for cut in cuts):
             return None
-        keep = np.ones((len(sites.tss), self.width), dtype=bool)
-        for row, start in enumerate(cuts.starts.tolist()):
-            keep[row, : cuts.left[row]] = False
-            keep[row, self.width - cuts.right[row] :] = False
-            genomic = keep[row, ::-1] if sites.minus[row] else keep[row]
-            first, last = self._blocked.get(int(sites.chrom[row]), _NOTHING)
+        keep = np.ones((len(cuts), self.width), dtype=bool)
+        for row, start, chrom, cut in zip(
+            keep, starts.tolist(), sites.chrom.tolist(), cuts, strict=True
+        ):
+            row[: cut.left] = row[self.width - cut.right :] = False
+            genomic = row[::-1] if cut.minus else row
+            first, last = self._blocked.get(chrom, _NOTHING)
             for block in range(
                 int(np.searchsorted(last, start, side="right")),
                 int(np.searchsorted(first, start + self.width)),
@@ -275,50 +278,43 @@ class _Source:
         return torch.flip(self._bits[begin:end], [0]).numpy().view(self._values.dtype)
 
 
-class _Cuts(NamedTuple):
-    """Where windows lie in a store: one entry per row.
+class _Cut(NamedTuple):
+    """Where one window lies in a store.
 
     ``left`` and ``right`` count the elements that the chromosome lacks, as in the window.
     """
 
-    starts: np.ndarray
-    begin: list[int]
-    end: list[int]
-    left: list[int]
-    right: list[int]
-    minus: list[bool]
-    padded: bool
+    begin: int
+    end: int
+    left: int
+    right: int
+    minus: bool
 
 
 def _cut(
-    sites: Sites, starts: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, length: int
-) -> _Cuts:
+    sites: Sites, starts: np.ndarray, offsets: Sequence[int], sizes: Sequence[int], length: int
+) -> list[_Cut]:
     """Find windows of ``length`` elements that start at ``starts`` on their chromosomes."""
-    # np.clip would cost more than the rest.
-    before = np.minimum(np.maximum(-starts, 0), length)
-    after = np.minimum(np.maximum(starts + length - sizes[sites.chrom], 0), length)
-    begin = offsets[sites.chrom] + starts
-    return _Cuts(
-        starts,
-        (begin + before).tolist(),
-        (begin + length - after).tolist(),
-        np.where(sites.minus, after, before).tolist(),
-        np.where(sites.minus, before, after).tolist(),
-        sites.minus.tolist(),
-        bool(before.any() or after.any()),
-    )
-
-
-def _copy(source: _Source, cuts: _Cuts, out: np.ndarray, fill: int) -> None:
-    """Copy each row from the store; past a chromosome end lies ``fill``."""
-    length = out.shape[1]
-    for row, begin, end, left, right, minus in zip(
-        out, cuts.begin, cuts.end, cuts.left, cuts.right, cuts.minus, strict=True
+    cuts = []
+    # Plain integers: for the rows of a batch they are faster than arrays.
+    for chrom, start, minus in zip(
+        sites.chrom.tolist(), starts.tolist(), sites.minus.tolist(), strict=True
     ):
+        before = min(max(-start, 0), length)
+        after = min(max(start + length - sizes[chrom], 0), length)
+        begin = offsets[chrom] + start
+        left, right = (after, before) if minus else (before, after)
+        cuts.append(_Cut(begin + before, begin + length - after, left, right, minus))
+    return cuts
+
+
+def _copy(source: _Source, cuts: Sequence[_Cut], out: np.ndarray, fill: int) -> None:
+    """Copy each row from the store; past a chromosome end lies ``fill``."""
+    for row, (begin, end, left, right, minus) in zip(out, cuts, strict=True):
         values = source.run(begin, end, minus)
         if left or right:
-            row[:left] = row[length - right :] = fill
-            row[left : length - right] = values
+            row[:left] = row[len(row) - right :] = fill
+            row[left : len(row) - right] = values
         else:
             row[:] = values
 

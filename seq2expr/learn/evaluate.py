@@ -81,8 +81,14 @@ class Evaluation:
         return out
 
     def write(self, out: str | os.PathLike) -> None:
-        """Write the metrics as TSV or Parquet, or as JSON by the ending."""
+        """Write the metrics as TSV, Parquet or JSON by the ending, and ``<out>.rows.tsv``.
+
+        The rows are the scored genes with truth, model and controls, for figures and for paired
+        comparisons over several runs.
+        """
         path = Path(out)
+        rows = path.with_name(path.name + ".rows.tsv")
+        publish(rows, lambda place: write_table(self.predictions, place, kind=rows.name))
         if path.suffix == ".json":
             publish(path, lambda place: self.metrics.to_json(place, orient="records", indent=1))
         else:

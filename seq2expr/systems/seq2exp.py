@@ -125,8 +125,8 @@ class Seq2ExpConfig(SystemConfig):
                 )
         if not 0 <= self.promoter_bp <= self.width // 10:
             raise UserError(
-                f"model.promoter_bp is {self.promoter_bp}; the forced promoter has at most a tenth "
-                f"of the window ({self.width // 10} of {self.width} bp)."
+                f"model.promoter_bp is {self.promoter_bp}; the forced promoter has at most a "
+                f"tenth of the window ({self.width // 10} of {self.width} bp)."
             )
         published = PUBLISHED["hard" if self.mask == "hard" else "soft"]
         if self.faithful:

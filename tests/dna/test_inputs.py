@@ -213,6 +213,9 @@ def test_table_features_follow_the_computed_ones(files, tmp_path):
 def test_features_see_the_names_of_the_genome(files):
     plain = DnaInputs(files())
     expected = plain.features(plain.genes, ["neighbours", "gc"])
+    share = [SEQUENCES[g.chrom][g.start : g.end] for g in GENES]
+    share = [sum(base in "GC" for base in text) / len(text) for text in share]
+    assert expected["cds_gc"].tolist() == share
     mapped = DnaInputs(
         files(genes=respelled(GENES, {"I": "chrI", "II": "chrII"}), chrom_map="auto")
     )

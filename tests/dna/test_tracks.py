@@ -79,7 +79,7 @@ def test_bins_are_means_over_their_bases(bigwig, bin_bp):
     np.testing.assert_allclose(track.values, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bin_bp", [1, 7])
+@pytest.mark.parametrize("bin_bp", [1, 8])
 def test_blocks_do_not_show(bigwig, monkeypatch, tmp_path, bin_bp):
     whole = Track.from_bigwig("x", bigwig, lengths=LENGTHS, bin_bp=bin_bp)
     monkeypatch.setattr("seq2expr.dna.tracks._BLOCK_BP", 100)

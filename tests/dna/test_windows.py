@@ -183,7 +183,7 @@ def test_windows_are_what_the_definition_says(toy, tss_index, bin_bp, dtype):
 def test_windows_of_other_widths(toy, width):
     windows = toy.windows(width=width, dtype="float32", tss_index=width // 3)
     oracle = Oracle(toy, width=width, anchor=width // 3)
-    genes = toy.genes if width < 10_000 else toy.genes.iloc[::8]
+    genes = toy.genes if width < 10_000 else toy.genes.iloc[::7]
     read = windows.read(windows.sites(genes))
     for row, gene in enumerate(genes.itertuples()):
         assert decode(read.codes[row]) == oracle.sequence(gene)
@@ -335,7 +335,7 @@ def _read_in_child(windows: Windows, sites: Sites, path: Path) -> None:
 @pytest.mark.parametrize("width", [WIDTH, 20_000])
 def test_forked_children_read_the_same(toy, tmp_path, width):
     windows = toy.windows(blacklist=toy.blocked, width=width)
-    sites = windows.sites(toy.genes.iloc[::2])
+    sites = windows.sites(toy.genes.iloc[::3])
     expected = windows.read(sites)
     context = multiprocessing.get_context("fork")
     children = [

@@ -70,6 +70,15 @@ def test_attention_pool_is_a_softmax_mean_per_head():
     torch.testing.assert_close(pool(positions), torch.cat(want, dim=1))
 
 
+def test_attention_pool_weighs_by_the_mask():
+    torch.manual_seed(0)
+    pool, positions = AttentionPool(6, 7, center=2.5, heads=1), torch.randn(3, 7, 6)
+    mask = torch.rand(3, 7).clamp_min(0.01)
+    weights = (pool.score(positions) + pool.bias).exp().squeeze(2) * mask
+    want = (positions * (weights / weights.sum(1, keepdim=True)).unsqueeze(2)).sum(1)
+    torch.testing.assert_close(pool(positions, mask), want)
+
+
 def test_attention_pool_starts_around_its_center():
     pool = AttentionPool(4, 16, center=10.0, heads=3)
     assert pool.bias.shape == (16, 3)

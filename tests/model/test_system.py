@@ -1,7 +1,5 @@
 """The base class, by a system of one layer."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -17,11 +15,6 @@ from seq2expr.model.system import (
     settings_of,
     system_class,
 )
-
-
-@dataclasses.dataclass
-class Answers:
-    mean: torch.Tensor
 
 
 class Counts(System):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from seq2expr.errors import UserError
 from seq2expr.model.layers import one_hot
@@ -46,11 +47,8 @@ def changed(batch, **fields):
 
 
 def row(batch, index):
-    rows = {
-        name: value[index : index + 1] if name != "signal_scale" else value
-        for name, value in batch.items()
-    }
-    return type(batch)(**rows)
+    rows = {name: value[index : index + 1] for name, value in batch.items()}
+    return type(batch)(**(rows | {"signal_scale": batch.signal_scale}))
 
 
 def flipped(batch, places):
@@ -92,13 +90,6 @@ def test_published_model_needs_its_three_tracks():
         toy_system(tracks=TRACKS[:2], faithful=True)
 
 
-def test_published_hard_positions_start_at_zero_and_learn():
-    system = toy_system(mask="hard", **PUBLISHED).train()
-    assert not system.positional.any()
-    system(**toy_batch()).loss.backward()
-    assert system.positional.grad.abs().sum() > 0
-
-
 # The mask
 
 
@@ -112,7 +103,7 @@ def test_blacklist_comes_before_the_promoter():
     system, batch = toy_system(), toy_batch()
     promoter = range(WIDTH // 2 - 12, WIDTH // 2 + 12)
     assert system.promoter == slice(promoter[0], promoter[-1] + 1)
-    keep = torch.ones(4, WIDTH, dtype=torch.bool)
+    keep = torch.ones_like(batch.keep)
     keep[:, WIDTH // 2 - 30 : WIDTH // 2 + 4] = False
     mask = mask_of(system, changed(batch, keep=keep))
     assert (mask[:, WIDTH // 2 - 30 : promoter[0]] == 0).all()
@@ -327,19 +318,38 @@ def test_twins_of_a_packed_run_can_be_built():
         assert system(**toy_batch()).mean.isfinite().all()
 
 
+class Fixed(nn.Module):
+    """A predictor whose answer is given."""
+
+    stride = 8
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, inputs):
+        return self.positions
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("mask", ["none", "soft"])
 @pytest.mark.parametrize("pool", ["promoter", "mean", "attention"])
-def test_pooling(pool):
-    system = toy_system(pool=pool, tss_index=70, n_features=0)
-    positions = torch.randn(2, WIDTH // 8, 16)
+def test_pooling(pool, mask, faithful):
+    system = toy_system(pool=pool, mask=mask, faithful=faithful, tss_index=70, n_features=0)
     batch = changed(toy_batch(2), features=None)
-    site = system._site(positions, batch).site
-    # The promoter [58, 82) touches the positions 7 to 10 of 8 bases each.
+    positions = torch.randn(2, WIDTH // 8, 16)
+    system.predictor = Fixed(positions)
+    share = None
+    if mask == "soft" and not faithful:  # the mask of the 8 bases of each position
+        share = mask_of(system, batch).view(2, -1, 8).mean(2)
+    weighted = positions if share is None else positions * share.unsqueeze(2)
     want = {
+        # The promoter [58, 82) touches the positions 7 to 10.
         "promoter": positions[:, 7:11].mean(1),
-        "mean": positions.mean(1),
-        "attention": system.attention and system.attention(positions),
+        "mean": weighted.mean(1),
+        "attention": system.attention and system.attention(positions, share),
     }
-    torch.testing.assert_close(site, want[pool])
+    torch.testing.assert_close(system.encode(batch).site, want[pool])
 
 
 @pytest.mark.parametrize("backbone", ["conv", "bimamba"])
