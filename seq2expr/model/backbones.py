@@ -161,7 +161,9 @@ class ConvTower(nn.Module):
             ConvStage(d_model, stride, depth, **settings)
             for stride, depth in zip(strides[1:], depths[1:], strict=True)
         )
-        if positional and self.stages:
+        if positional and not self.stages:
+            raise UserError("positional needs at least two strides; give two, or leave it out.")
+        if positional:
             self.stages[-1].position = nn.Parameter(torch.zeros(positional, d_model))
         self.norm = nn.LayerNorm(d_model)
 

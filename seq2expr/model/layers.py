@@ -93,7 +93,7 @@ class AttentionPool(nn.Module):
     def __init__(self, d_model: int, positions: int, *, center: float, heads: int = 4):
         super().__init__()
         self.heads = heads
-        self.score = nn.Linear(d_model, heads)
+        self.score = nn.Linear(d_model, heads, bias=False)
         distance = (torch.arange(positions) + 0.5 - center) / (positions / 4)
         self.bias = nn.Parameter((-(distance**2) / 2).unsqueeze(1).repeat(1, heads))
 
