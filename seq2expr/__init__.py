@@ -22,7 +22,6 @@ _PUBLIC = {
     "load_run": "seq2expr.learn.runs",
     "predict": "seq2expr.learn.predict",
     "read_gtf": "seq2expr.dna.genes",
-    "simulate": "seq2expr.simulate",
     "train": "seq2expr.learn.train",
 }
 

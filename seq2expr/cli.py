@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,8 @@ def train(
 
     run = train(config, data=data, root=root or Path(), overrides=overrides or (), out=out)
     _say(
-        f"Trained {run}. Next: seq2expr predict {run} --genome FA --gtf GTF --genes all --out expr.tsv"
+        f"Trained {run}. Next: "
+        f"seq2expr predict {run} --genome FA --gtf GTF --genes all --out expr.tsv"
     )
 
 
@@ -91,11 +93,13 @@ def predict(
     from seq2expr.learn.predict import predict
 
     result = predict(
-        run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"), features=features,
-        tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map, out=out, verify=verify,
+        run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
+        features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
+        out=out, verify=verify,
     )  # fmt: skip
     _say(
-        f"Predicted {result.n:,} genes into {out} ({result.padded:,} windows pass a chromosome end)."
+        f"Predicted {result.n:,} genes into {out} "
+        f"({result.padded:,} windows pass a chromosome end)."
     )
     if len(result.skipped):
         _say(f"{len(result.skipped):,} could not be predicted; reasons are in {out}.skipped.tsv.")
@@ -160,7 +164,7 @@ def main() -> None:
 
 def _fail(error: Exception, message: str, *, code: int, debug: bool) -> None:
     if debug:
-        raise error
+        traceback.print_exception(error)
     typer.echo(f"seq2expr: {message}", err=True)
     sys.exit(code)
 

@@ -6,16 +6,15 @@ configuration is saved with the run as ``run.yaml`` and can be given again.
 """
 
 import os
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
 
 from seq2expr.errors import UserError
+from seq2expr.yamlfile import YAMLError, format_yaml, parse_yaml
 
 
 class Strict(pydantic.BaseModel):
@@ -301,8 +300,8 @@ def read_yaml(source: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file given by path or as an installed configuration; duplicate keys refused."""
     text, where = _find(source)
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        tree = parse_yaml(text)
+    except YAMLError as error:
         raise UserError(f"{where} is no valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{where} must hold a mapping of keys to values.")
@@ -311,8 +310,7 @@ def read_yaml(source: str | os.PathLike) -> dict[str, Any]:
 
 def dump_yaml(config: RunConfig) -> str:
     """Write a configuration as YAML text that reads back to the same configuration."""
-    tree = config.model_dump(mode="json", exclude_none=True)
-    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False)
+    return format_yaml(config.model_dump(mode="json", exclude_none=True))
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,8 +353,8 @@ def _assign(tree: dict[str, Any], text: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"--set {text!r} contradicts an earlier --set of {parent!r}.")
     try:
-        tree[leaf] = yaml.load(value, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        tree[leaf] = parse_yaml(value)
+    except YAMLError as error:
         raise UserError(f"--set {text!r}: the value is no valid YAML.") from error
 
 
@@ -382,38 +380,3 @@ def _section(path: Sequence[str | int]) -> list[str]:
         if not (isinstance(model, type) and issubclass(model, Strict)):
             return []
     return list(model.model_fields)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-3 as a number."""
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes the text 1e3, which the loader would read as a number."""
-
-
-def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":  # "<<": what it brings may be overridden
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise UserError(f"Line {key_node.start_mark.line + 1}: {key!r} cannot be a key.")
-        if key in seen:
-            raise UserError(
-                f"Duplicate key {key!r} in line {key_node.start_mark.line + 1} of the "
-                "configuration; keep one of them."
-            )
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-# YAML 1.1 wants a dot in "1e-3" and reads it as text otherwise.
-for _class in (_StrictLoader, _StrictDumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )

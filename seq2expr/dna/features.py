@@ -33,6 +33,7 @@ have one (yeast annotations start their genes at the start codon).
 """
 
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -214,7 +215,7 @@ def read_feature_table(path: str | os.PathLike) -> pd.DataFrame:
         else:
             separator = "," if suffix == ".csv" else "\t"
             table = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read the feature table {path}: {error}.") from error
     if "gene_id" not in table or table.shape[1] < 2:
         raise UserError(

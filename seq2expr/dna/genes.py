@@ -6,6 +6,7 @@ This is the one place where the 1-based coordinates of GTF become 0-based half-o
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -304,7 +305,7 @@ def _read_tss_table(path: str | os.PathLike, genes: pd.DataFrame) -> pd.DataFram
     """Return tss and tss_from of the genes that a user's table holds, indexed by gene_id."""
     try:
         given = pd.read_csv(path, sep="\t", dtype=str, comment="#", encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read the TSS table {path}: {error}.") from error
     if not {"gene_id", "tss"} <= set(given.columns):
         raise UserError(f"{path} needs the columns gene_id and tss, it has {list(given.columns)}.")

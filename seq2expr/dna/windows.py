@@ -267,15 +267,16 @@ class _Source:
         self._values = values
         with warnings.catch_warnings():  # the map is read-only, and only read
             warnings.simplefilter("ignore", UserWarning)
+            self._dtype = torch.from_numpy(values[:0]).dtype
             self._bits = torch.from_numpy(values.view(f"i{values.itemsize}"))
 
-    def run(self, begin: int, end: int, reverse: bool) -> np.ndarray:
-        """Return elements begin to end in the wanted order."""
-        if not reverse:
-            return self._values[begin:end]
-        if end - begin < _LONG:
-            return self._values[begin:end][::-1]
-        return torch.flip(self._bits[begin:end], [0]).numpy().view(self._values.dtype)
+    def copy(self, begin: int, end: int, reverse: bool, out: np.ndarray) -> None:
+        """Write elements begin to end in the wanted order."""
+        if reverse and end - begin >= _LONG:
+            values = torch.flip(self._bits[begin:end], [0]).view(self._dtype)
+            torch.from_numpy(out).copy_(values)
+        else:
+            out[:] = self._values[begin:end][::-1] if reverse else self._values[begin:end]
 
 
 class _Cut(NamedTuple):
@@ -311,12 +312,10 @@ def _cut(
 def _copy(source: _Source, cuts: Sequence[_Cut], out: np.ndarray, fill: int) -> None:
     """Copy each row from the store; past a chromosome end lies ``fill``."""
     for row, (begin, end, left, right, minus) in zip(out, cuts, strict=True):
-        values = source.run(begin, end, minus)
         if left or right:
             row[:left] = row[len(row) - right :] = fill
-            row[left : len(row) - right] = values
-        else:
-            row[:] = values
+            row = row[left : len(row) - right]
+        source.copy(begin, end, minus, row)
 
 
 def _complement(codes: np.ndarray, minus: np.ndarray) -> None:

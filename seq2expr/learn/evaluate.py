@@ -1,6 +1,7 @@
 """Score predictions against measurements, with every control on the same rows beside them."""
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from seq2expr.config import TargetSpec
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_expression
 from seq2expr.learn.metrics import Metric, across_genes, paired_difference
-from seq2expr.learn.predict import GENE_COLUMNS, write_table
+from seq2expr.learn.predict import ENDINGS, GENE_COLUMNS
 from seq2expr.learn.rivals import Rivals, rivals
 from seq2expr.learn.source import Source, open_source
+from seq2expr.learn.tables import check_out, write_table
 from seq2expr.store import publish
 
 MODEL = "model"
@@ -135,6 +137,8 @@ def evaluate(
     UserError
         When nothing can be scored.
     """
+    if out is not None:
+        check_out(out, [*ENDINGS, ".json"])
     is_table = Path(what).is_file()
     source = open_source(run if is_table else what, data, root)
     if is_table:
@@ -168,8 +172,10 @@ def _read_predictions(path: Path) -> tuple[pd.DataFrame, str]:
     """Return a table of predictions and the name of its first numeric column."""
     try:
         parquet = path.suffix == ".parquet"
-        table = pd.read_parquet(path) if parquet else pd.read_csv(path, sep="\t")
-    except (OSError, ValueError) as error:
+        # An id 007 stays as it is.
+        ids = {"gene_id": str}
+        table = pd.read_parquet(path) if parquet else pd.read_csv(path, sep="\t", dtype=ids)
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read the predictions {path}: {error}.") from error
     numeric = [
         name

@@ -37,6 +37,8 @@ def read_expression(path: str | os.PathLike) -> pd.DataFrame:
     try:
         if path.endswith(".parquet"):
             table = pd.read_parquet(path)
+            if table.index.name is not None:  # written with the gene ids as index
+                table = table.reset_index()
         else:
             separator = "," if path.removesuffix(".gz").endswith(".csv") else "\t"
             table = pd.read_csv(path, sep=separator, dtype=str)  # an id 007 stays as it is

@@ -26,15 +26,19 @@ from seq2expr.dna.windows import Sites, Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import to_batch
 from seq2expr.learn.runs import find_run, load_run
+from seq2expr.learn.tables import check_out, write_table
 from seq2expr.model.batch import Prediction
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress
-from seq2expr.store import digest, file_digest, publish, unwritable, write_text
+from seq2expr.store import digest, file_digest, publish, write_text
 
 log = logging.getLogger(__name__)
 
 GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "tss", "strand"]
 """First columns of every prediction table; ``tss`` is 0-based, as everywhere."""
+
+ENDINGS = (".tsv", ".tsv.gz", ".parquet")
+"""What the name of a prediction table may end in."""
 
 _CHUNK = 256
 
@@ -107,7 +111,7 @@ def predict(
     UserError
         When the request cannot be carried out; nothing is then written.
     """
-    target = _check_out(out)
+    target = None if out is None else check_out(out, ENDINGS)
     model = load_run(run)
     files = DnaFiles(
         genome=Path(genome),
@@ -242,7 +246,8 @@ def _match_tracks(
     if extra:
         known = ", ".join(wanted) or "no tracks"
         raise UserError(
-            f"Track {extra[0]!r} was not an input in training (the run reads {known}). Leave it out."
+            f"Track {extra[0]!r} was not an input in training (the run reads {known}). "
+            "Leave it out."
         )
     return {name: Path(tracks[name]) for name in wanted if name in tracks}
 
@@ -261,28 +266,12 @@ def _explain(missing: pd.DataFrame, inputs: DnaInputs) -> pd.DataFrame:
 
 def _request(run: str | os.PathLike, files: DnaFiles, genes: pd.DataFrame) -> str:
     """Identify a prediction by content, so that only the same one is resumed."""
-    weights = sorted(find_run(run).rglob("*.safetensors"))
-    parts = [file_digest(path) for path in weights]
+    place = find_run(run)
+    model = [path for name in ("config.json", "*.safetensors") for path in place.rglob(name)]
+    parts = [file_digest(path) for path in sorted(model)]
     parts += [f"{role}={file_digest(path)}" for role, path in files.sources().items()]
     parts += [files.tss_rule, str(files.chrom_map), *genes["gene_id"]]
     return digest("|".join(parts))
-
-
-def _check_out(out: str | os.PathLike | None) -> Path | None:
-    if out is None:
-        return None
-    path = Path(out)
-    if not path.name.endswith((".tsv", ".tsv.gz", ".parquet")):
-        raise UserError(f"--out {path} must end in .tsv, .tsv.gz or .parquet.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise UserError(
-            f"Cannot write {path}: no permission, or a directory. Choose another --out."
-        )
-    return path
 
 
 def _write(
@@ -314,16 +303,6 @@ def _write(
         shutil.rmtree(parts)
     state.wait_for_everyone()
     return table
-
-
-def write_table(table: pd.DataFrame, path: Path, *, kind: str) -> None:
-    """Write a table as TSV, gzipped TSV or Parquet, by the ending of ``kind``."""
-    if kind.endswith(".parquet"):
-        table.to_parquet(path)
-        return
-    # A fixed time stamp keeps equal tables byte-identical.
-    packing = {"method": "gzip", "mtime": 0} if kind.endswith(".gz") else None
-    table.to_csv(path, sep="\t", index=False, float_format="%.6g", compression=packing)
 
 
 def _claim(parts: Path, request: str) -> None:

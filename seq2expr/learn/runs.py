@@ -5,39 +5,37 @@
 ``twins/`` where controls were trained, and, written last, ``manifest.json``.
 """
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as hf_logging
+
 from seq2expr.config import RunConfig, dump_yaml, parse_run_config, read_yaml
 from seq2expr.errors import UserError
 from seq2expr.model.system import Ensemble, System
-from seq2expr.store import file_digest, unwritable, write_text
+from seq2expr.progress import wants_progress
+from seq2expr.store import file_digest, write_text
 
 _LIBRARIES = ("seq2expr", "torch", "transformers", "numpy", "pyBigWig", "pyfaidx")
 
 
-def start_run(out: Path, config: RunConfig) -> bool:
-    """Claim a run directory, or recognise it as the same run begun before.
-
-    Returns
-    -------
-    True when the run is already finished.
+def is_finished(out: Path, config: RunConfig) -> bool:
+    """Tell whether a directory holds this run, finished; nothing is written.
 
     Raises
     ------
     UserError
-        When the directory belongs to another configuration or holds other files, or cannot be
-        written.
+        When the directory belongs to another configuration or holds other files.
     """
-    text = dump_yaml(config)
     known = out / "run.yaml"
     if known.is_file():
-        if known.read_text(encoding="utf-8") != text:
+        if known.read_text(encoding="utf-8") != dump_yaml(config):
             raise UserError(
                 f"{out} holds a run of another configuration (see {known}). "
                 "Choose another --out, or remove it."
@@ -45,12 +43,18 @@ def start_run(out: Path, config: RunConfig) -> bool:
         return (out / "manifest.json").is_file()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is no run; choose another --out, or empty it.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    write_text(known, text)
     return False
+
+
+def start_run(out: Path, config: RunConfig) -> None:
+    """Claim a run directory by writing its configuration.
+
+    Raises
+    ------
+    UserError
+        When it cannot be written.
+    """
+    write_text(out / "run.yaml", dump_yaml(config))
 
 
 def finish_run(
@@ -91,6 +95,20 @@ def find_run(run: str | os.PathLike) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars over loading and saving where nobody watches."""
+    if wants_progress() or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
+
+
+@quiet()
 def load_run(run: str | os.PathLike) -> System | Ensemble:
     """Load the model of a run in evaluation mode."""
     path = find_run(run)

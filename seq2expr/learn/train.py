@@ -20,7 +20,7 @@ from seq2expr.dna.normalise import fit_signal
 from seq2expr.dna.windows import Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneCollator, GeneData, gene_rows, open_data
-from seq2expr.learn.runs import finish_run, start_run
+from seq2expr.learn.runs import finish_run, is_finished, quiet, start_run
 from seq2expr.learn.splits import folds
 from seq2expr.learn.trainer import fit
 from seq2expr.model.system import System, SystemConfig, check_settings, system_class
@@ -79,7 +79,7 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     template = system.config_class(**config.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
-        finished = start_run(out, config)
+        finished = is_finished(out, config)
     if finished:
         log.info("%s is finished already; remove it to train again.", out)
         return out
@@ -92,6 +92,8 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
             profiles=True,
         )
     task = _prepare(config, system, data, windows)
+    if state.is_main_process:  # only now: a request that cannot be carried out leaves nothing
+        start_run(out, config)
     summaries = []
     for member in range(config.train.members):
         place = out if config.train.members == 1 else out / "members" / str(member)
@@ -136,6 +138,13 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
         raise UserError(
             f"Target {targets.columns[0]!r} has fewer than two training values; check its columns."
         )
+    for member in range(config.train.members):
+        _, held, chroms = _member_rows(config, data, member)
+        if data.targets.iloc[held, 0].isna().all():
+            raise UserError(
+                f"Target {targets.columns[0]!r} has no value on the validation chromosome(s) "
+                f"{', '.join(chroms)}; name others in data.split.valid."
+            )
     spread = targets.std(ddof=0).fillna(0.0)
     fitted: dict[str, Any] = {
         "targets": list(targets.columns),
@@ -159,9 +168,11 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
         features = scaler.transform(data.features)
         fitted |= {"features": scaler.to_dict(), "n_features": features.shape[1]}
     model_config = system.config_class(**config.model, **fitted)
+    system(model_config)  # refuses settings that do not fit before anything is written
     return _Task(config, system, data, windows, model_config, features)
 
 
+@quiet()
 def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> dict[str, Any]:
     """Train one member, or read its summary where it is done."""
     summary = place / "member.json"

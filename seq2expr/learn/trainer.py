@@ -13,7 +13,12 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from seq2expr.config import TrainConfig
 from seq2expr.learn.dataset import GeneCollator
@@ -184,7 +189,7 @@ def fit(
     trainer = SystemTrainer(
         model=model,
         decay=config.average,
-        args=_arguments(config, seed, checkpoints),
+        args=_arguments(config, seed, checkpoints, epochs=_epochs(config, resume)),
         data_collator=collator,
         train_dataset=train,
         eval_dataset=valid,
@@ -218,12 +223,23 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def _arguments(config: TrainConfig, seed: int, checkpoints: Path) -> TrainingArguments:
+def _epochs(config: TrainConfig, resume: Path | None) -> float:
+    """Return the number of epochs, those done where training had stopped before it was killed."""
+    if resume:
+        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            return state.epoch
+    return config.epochs
+
+
+def _arguments(
+    config: TrainConfig, seed: int, checkpoints: Path, *, epochs: float
+) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
     processes = transformers.training_args.PartialState(cpu=cpu).num_processes
     return TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=config.epochs,
+        num_train_epochs=epochs,
         per_device_train_batch_size=max(config.batch_size // processes, 1),
         per_device_eval_batch_size=max(config.batch_size // processes, 1),
         learning_rate=config.learning_rate,
@@ -241,6 +257,7 @@ def _arguments(config: TrainConfig, seed: int, checkpoints: Path) -> TrainingArg
         logging_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # the patience that is left
         metric_for_best_model="eval_mse",
         greater_is_better=False,
         remove_unused_columns=False,

@@ -128,6 +128,8 @@ class Seq2ExpConfig(SystemConfig):
                 f"model.promoter_bp is {self.promoter_bp}; the forced promoter has at most a "
                 f"tenth of the window ({self.width // 10} of {self.width} bp)."
             )
+        if self.mask == "promoter" and not self.promoter_bp:
+            raise UserError("model.mask is promoter; set model.promoter_bp above 0.")
         published = PUBLISHED["hard" if self.mask == "hard" else "soft"]
         if self.faithful:
             published = published | _PUBLISHED_TRACKS

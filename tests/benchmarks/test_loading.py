@@ -16,8 +16,8 @@ import torch
 
 from tests.benchmarks.peers import OURS, PEERS, Loci, Reader, Source, truth
 
-for _name in ("OMP", "RAYON", "NUMBA", "POLARS_MAX"):  # read when a peer is first imported
-    os.environ[f"{_name}_THREADS" if "MAX" in _name else f"{_name}_NUM_THREADS"] = "1"
+for _name in ("RAYON_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ[_name] = "1"  # read when a peer is first imported
 
 WINDOWS = {2114: 1280, 200_000: 128, 524_288: 64}
 BATCHES = (1, 8, 32)
@@ -45,18 +45,20 @@ def source(tmp_path_factory) -> Source:
         for track in tracks:
             _write_track(track, rng)
         (root / "complete").touch()
-    threads, cache = torch.get_num_threads(), os.environ.get("SEQ2EXPR_CACHE")
+    return Source(root, root / "genome.fa", tracks)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    os.environ["SEQ2EXPR_CACHE"] = str(root / "cache")
-    yield Source(root, root / "genome.fa", tracks)
+    yield
     torch.set_num_threads(threads)
-    os.environ.pop("SEQ2EXPR_CACHE")
-    if cache is not None:
-        os.environ["SEQ2EXPR_CACHE"] = cache
 
 
 @pytest.mark.parametrize("width", WINDOWS)
-def test_loading(benchmark, source, width, report):
+def test_loading(benchmark, source, width, report, monkeypatch):
+    monkeypatch.setenv("SEQ2EXPR_CACHE", str(source.root / "cache"))
     rng = np.random.default_rng(width)
     n = WINDOWS[width]
     loci = Loci(width, rng.integers(0, _LENGTH - width, n), rng.random(n) < 0.5)

@@ -1,0 +1,39 @@
+"""Result tables: where they may go, and how they are written."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from seq2expr.errors import UserError
+
+
+def check_out(out: str | os.PathLike, endings: Sequence[str]) -> Path:
+    """Refuse a result file that could not be written, before the work for it is done.
+
+    Raises
+    ------
+    UserError
+        When the ending is none of ``endings``, the path is a directory, or the place cannot be
+        written.
+    """
+    path = Path(out)
+    if not path.name.endswith(tuple(endings)):
+        *others, last = endings
+        raise UserError(f"--out {path} must end in {', '.join(others)} or {last}.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a directory" if path.is_dir() else f"{folder} is no writable directory"
+        raise UserError(f"Cannot write {path}: {why}. Choose another --out.")
+    return path
+
+
+def write_table(table: pd.DataFrame, path: Path, *, kind: str) -> None:
+    """Write a table as TSV, gzipped TSV or Parquet, by the ending of ``kind``."""
+    if kind.endswith(".parquet"):
+        table.to_parquet(path)
+        return
+    # A fixed time stamp keeps equal tables byte-identical.
+    packing = {"method": "gzip", "mtime": 0} if kind.endswith(".gz") else None
+    table.to_csv(path, sep="\t", index=False, float_format="%.6g", compression=packing)
