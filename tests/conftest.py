@@ -98,3 +98,17 @@ def write_gtf(path: Path, genes: Sequence[Gene]) -> Path:
         )
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The simulated data set of :mod:`tests.runs`; shared, so never changed."""
+    from tests.runs import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def trained(world, tmp_path_factory) -> Path:
+    """A run trained on it, with its twins; shared, so never changed."""
+    return world.train(tmp_path_factory.mktemp("trained") / "run", "controls=true")

@@ -62,7 +62,7 @@ def chromosome_split(
     Raises
     ------
     UserError
-        A chromosome is unknown or in two parts, or a part is empty.
+        A chromosome is unknown or in two parts, or none is left to train on.
 
     Examples
     --------
@@ -88,12 +88,11 @@ def chromosome_split(
     taken = {name for names in parts.values() for name in names}
     train = tuple(name for name in present if name not in taken)
     split = Split(train=train, valid=parts["valid"], test=parts["test"])
-    for part in ("train", "valid", "test"):
-        if not getattr(split, part):
-            raise UserError(
-                f"The {part} part is empty; each of train, valid and test needs at least one of "
-                f"{', '.join(present)}."
-            )
+    if not split.train:
+        raise UserError(
+            f"No chromosome is left to train on; leave out of test, valid and exclude at least one "
+            f"of {', '.join(present)}."
+        )
     return split
 
 

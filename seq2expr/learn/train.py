@@ -133,6 +133,11 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
     rows = _training_rows(config, data)
     if not len(rows):
         raise UserError("No training gene is left; check split, biotypes and exclude_chroms.")
+    if not (config.train.rotate_valid or len(data.rows("valid"))):
+        raise UserError(
+            "No validation gene: name validation chromosomes in data.split.valid, or set "
+            "train.rotate_valid=true."
+        )
     targets = data.targets.iloc[rows]
     if targets.iloc[:, 0].notna().sum() < 2:
         raise UserError(

@@ -44,7 +44,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self._decay = decay
-        self._weights = [p for p in model.parameters() if p.requires_grad]
+        # Running statistics of batch norms are averaged with the weights that they belong to.
+        statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self._weights = [p for p in model.parameters() if p.requires_grad] + statistics
         self.state = [weight.detach().clone() for weight in self._weights]
 
     def update(self) -> None:

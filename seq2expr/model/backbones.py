@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,28 @@ def residual_blocks(depth: int, d_model: int, **settings: Any) -> nn.Sequential:
     )
 
 
+class MotifActivation(nn.Module):
+    """exp(BatchNorm(x)) - 1, over channels-first positions [B, D, L].
+
+    The exponential gives a whole motif far more than its parts, so that a filter finds one among
+    thousands of bases. Arguments are clamped at 6, where float16 and bfloat16 are still exact
+    enough. In evaluation mode the statistics are those of training, so a row depends on no other.
+
+    Parameters
+    ----------
+    d_model
+        Channels.
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, D, L] to [B, D, L]."""
+        return torch.expm1(self.norm(x).clamp_max(6.0))
+
+
 class ConvTower(nn.Module):
     """Strided convolution tower: a stem at base resolution, then shrinking stages.
 
@@ -109,6 +131,9 @@ class ConvTower(nn.Module):
     strides
         Factor by which each stage shortens the sequence: the first by the stem, the others by a
         Linear over neighbouring positions.
+    stem
+        ``gelu``, or ``exp``: batch normalisation and exponential activation, which lets first-layer
+        filters become motifs (Koo & Ploenzke 2021, *Nature Machine Intelligence*).
     stem_pool
         Run the stem on every base and take the maximum over each stride (finds a motif wherever
         it begins, at the cost of ``strides[0]`` times the work), rather than stepping by it.
@@ -135,6 +160,7 @@ class ConvTower(nn.Module):
         *,
         strides: Sequence[int] = (4, 2, 2),
         blocks: int | Sequence[int] = 1,
+        stem: Literal["gelu", "exp"] = "gelu",
         stem_kernel: int = 15,
         stem_pool: bool = False,
         kernel: int = 7,
@@ -151,6 +177,9 @@ class ConvTower(nn.Module):
         self.stride = math.prod(strides)
         step = 1 if stem_pool else strides[0]
         self.stem = nn.Conv1d(d_in, d_model, stem_kernel, stride=step, padding=stem_kernel // 2)
+        if stem not in ("gelu", "exp"):
+            raise UserError(f"The stem is {stem!r}; it can be gelu or exp.")
+        self.activation = MotifActivation(d_model) if stem == "exp" else nn.GELU()
         self.pool = nn.MaxPool1d(strides[0]) if stem_pool else nn.Identity()
         depths = [blocks] * len(strides) if isinstance(blocks, int) else list(blocks)
         if len(depths) != len(strides):
@@ -180,9 +209,9 @@ class ConvTower(nn.Module):
                 f"A window of {x.shape[1]} bp cannot be shortened {self.stride}-fold; "
                 "choose a width that is a multiple of the product of the strides."
             )
-        # No norm behind the stem: it would undo a mask that scales the input.
-        x = nn.functional.gelu(self.pool(self.stem(x.transpose(1, 2)))).transpose(1, 2)
-        x = self.first(x)
+        # No norm over channels behind the stem: it would undo a mask that scales the input.
+        x = self.pool(self.activation(self.stem(x.transpose(1, 2))))
+        x = self.first(x.transpose(1, 2))
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
