@@ -98,7 +98,7 @@ class SimulationSettings:
 
     seed: int = 0
     n_chroms: int = 8
-    genes_per_chrom: int = 130
+    genes_per_chrom: int = 250
     window_bp: int = 2048
     elements_per_gene: float = 0.75
     noise_log2: float = 0.2

@@ -57,6 +57,10 @@ class World(NamedTuple):
         return predict(run, **(self.files | changes))
 
 
+# Threads cost more than they give on tensors of this size.
+torch.set_num_threads(1)
+
+
 def make_world(folder: Path) -> World:
     simulation = simulate(
         folder / "data", SimulationSettings(n_chroms=6, genes_per_chrom=8, window_bp=1600)

@@ -78,6 +78,7 @@ class DnaFiles:
             "contacts": self.contacts,
             "blacklist": self.blacklist,
             "tss": self.tss,
+            "chrom_map": None if self.chrom_map == "auto" else self.chrom_map,
         }
         files = {role: path for role, path in named.items() if path is not None}
         files |= {f"track {name}": path for name, path in self.tracks.items()}

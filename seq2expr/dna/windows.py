@@ -320,8 +320,11 @@ def _copy(source: _Source, cuts: Sequence[_Cut], out: np.ndarray, fill: int) -> 
 
 def _complement(codes: np.ndarray, minus: np.ndarray) -> None:
     """Complement the rows of the minus strand in place."""
-    if minus.any():
-        # 3 ^ code for A, C, G, T; N (4) becomes 7 and is brought back.
+    # 3 ^ code for A, C, G, T; N (4) becomes 7 and is brought back.
+    if codes.shape[1] >= _LONG:
+        for row in np.flatnonzero(minus):
+            torch.from_numpy(codes[row]).bitwise_xor_(3).clamp_(max=PAD)
+    elif minus.any():
         flip = torch.from_numpy(minus[:, None] * np.uint8(3))
         torch.from_numpy(codes).bitwise_xor_(flip).clamp_(max=PAD)
 

@@ -1,6 +1,6 @@
 """From scores per base to regions: where a score stays high, and for how long."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ def call_regions(
     scores
         Score of each base [L].
     threshold
-        Lowest score of a base in a region.
+        Lowest score of a base at which a region begins and ends.
     min_bp
         Shorter regions are dropped, after merging.
     merge_bp
@@ -55,7 +55,7 @@ def call_regions(
 
 
 def regions_bed(
-    genes: pd.DataFrame, starts: np.ndarray, scores: Iterator[np.ndarray], *, threshold: float
+    genes: pd.DataFrame, starts: np.ndarray, scores: Iterable[np.ndarray], *, threshold: float
 ) -> pd.DataFrame:
     """Call regions of several genes and give them as BED rows.
 
@@ -64,19 +64,22 @@ def regions_bed(
     genes
         Gene table (``gene_id chrom strand tss``).
     starts
-        Genomic start of each window.
+        Genomic start of each window; negative where it passes the start of its chromosome.
     scores
         Score per base of each window [L], in genomic order.
     threshold
-        As in :func:`call_regions`.
+        As in :func:`call_regions`. Bases beyond a chromosome end must score less.
 
     Returns
     -------
-    ``chrom start end name score strand distance``: name is the gene id, score is 0..1000 (1000
-    times the mean score), distance is that of the middle to the TSS in bp, negative upstream.
+    ``chrom start end name score strand distance``, sorted by place: name is the gene id, score is
+    0..1000 (1000 times the mean score), distance is that of the middle to the TSS in bp, negative
+    upstream.
     """
     rows = []
-    for gene, window_start, values in zip(genes.itertuples(), starts, scores, strict=True):
+    for gene, window_start, values in zip(
+        genes.itertuples(), starts.tolist(), scores, strict=True
+    ):
         sign = -1 if gene.strand == "-" else 1
         for region in call_regions(values, threshold=threshold):
             start, end = window_start + region.start, window_start + region.end

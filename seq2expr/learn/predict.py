@@ -116,7 +116,7 @@ def predict(
     files = DnaFiles(
         genome=Path(genome),
         gtf=Path(gtf),
-        tracks=_match_tracks(model, tracks or {}, contacts),
+        tracks=match_tracks(model, tracks or {}, contacts),
         features=_path(features),
         contacts=_path(contacts),
         blacklist=_path(blacklist),
@@ -124,6 +124,8 @@ def predict(
         tss_rule=model.config.tss_rule,
         chrom_map=chrom_map,
     )
+    if features is not None and not model.config.feature_table:
+        raise UserError("The run was trained without a feature table. Leave out --features.")
     wanted = read_gene_list(genes) if isinstance(genes, str) else list(genes)
     predictor = open_predictor(model, files, batch_size=batch_size, verify=verify)
     selection = select_genes(predictor.inputs.genes, wanted)
@@ -171,24 +173,29 @@ class Predictor:
     def predictions(self, genes: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, Prediction]]:
         """Yield a batch of genes and the model's answer on the CPU, in order."""
         device = next(self.model.parameters()).device
+        sites = self.windows.sites(genes)
+        features = None
+        if self.features is not None:
+            values = self.features.loc[genes["gene_id"]].to_numpy(np.float32)
+            features = torch.from_numpy(values)
         buffers = None
         for start in range(0, len(genes), self.batch_size):
-            part = genes.iloc[start : start + self.batch_size]
-            sites: Sites = self.windows.sites(part)
-            full = len(part) == self.batch_size
-            arrays = self.windows.read(sites, out=buffers if full else None)
+            rows = slice(start, start + self.batch_size)
+            part = Sites(*(column[rows] for column in sites))
+            full = len(part.tss) == self.batch_size
+            arrays = self.windows.read(part, out=buffers if full else None)
             buffers = arrays if full else buffers
-            batch = to_batch(sites.gene_id, arrays, self.windows)
-            if self.features is not None:
-                values = self.features.loc[part["gene_id"]].to_numpy(np.float32)
-                batch["features"] = torch.from_numpy(values)
+            batch = to_batch(part.gene_id, arrays, self.windows)
+            if features is not None:
+                batch["features"] = features[rows]
             fields = {
                 name: value.to(device) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
             }
             with torch.inference_mode():
                 answer = self.model(**fields)
-            yield part, Prediction(mean=_cpu(answer.mean), importance=_cpu(answer.importance))
+            answer = Prediction(mean=_cpu(answer.mean), importance=_cpu(answer.importance))
+            yield genes.iloc[rows], answer
 
     def tables(self, genes: pd.DataFrame) -> Iterator[pd.DataFrame]:
         """Yield the prediction table a batch at a time."""
@@ -227,7 +234,7 @@ def _check_features(scaler: FeatureScaler, config: SystemConfig, files: DnaFiles
         )
 
 
-def _match_tracks(
+def match_tracks(
     model: System | Ensemble,
     tracks: Mapping[str, str | os.PathLike],
     contacts: str | os.PathLike | None,

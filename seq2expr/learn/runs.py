@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
 from seq2expr.config import RunConfig, dump_yaml, parse_run_config, read_yaml
@@ -114,7 +115,7 @@ def load_run(run: str | os.PathLike) -> System | Ensemble:
     path = find_run(run)
     try:
         return System.from_pretrained(path).eval()
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {error}. Train or fetch it again.") from error
 
 

@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from seq2expr.config import DataConfig, RunConfig, parse_run_config, read_yaml
+from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, open_data
-from seq2expr.learn.predict import open_predictor
+from seq2expr.learn.predict import match_tracks, open_predictor
 from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
 from seq2expr.learn.splits import chromosome_split
-from seq2expr.model.system import SystemConfig
+from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress
 
 _BATCH = 32
@@ -68,9 +69,9 @@ class Source:
 
     def predict(self, run: Path, gene_ids: Sequence[str] | None = None) -> pd.DataFrame:
         """Predict genes of the data set with a run, by default all that were not seen."""
-        predictor = open_predictor(
-            load_run(run), data_files(self.data, self.root), batch_size=_BATCH
-        )
+        model = load_run(run)
+        files = _read_by(model, data_files(self.data, self.root))
+        predictor = open_predictor(model, files, batch_size=_BATCH)
         genes = predictor.inputs.genes
         if gene_ids is None:
             genes = genes[~genes["chrom"].isin(self.seen_chromosomes())]
@@ -118,6 +119,19 @@ def open_source(
     if chosen is not None and (data is not None or (folder / chosen.genome).is_file()):
         opened = open_data(chosen, folder, bin_bp=geometry.bin_bp)
     return Source(place, config, chosen, folder, opened, geometry)
+
+
+def _read_by(model: System | Ensemble, files: DnaFiles) -> DnaFiles:
+    """Reduce the files of a data set to those that a run reads, in its order."""
+    wanted = model.config.tracks or []
+    contacts = files.contacts if "contacts" in wanted else None
+    tracks = {name: path for name, path in files.tracks.items() if name in wanted}
+    return replace(
+        files,
+        tracks=match_tracks(model, tracks, contacts),
+        contacts=contacts,
+        features=files.features if model.config.feature_table else None,
+    )
 
 
 def _same_genome(one: DataConfig, other: DataConfig) -> bool:

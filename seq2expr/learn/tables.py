@@ -1,5 +1,7 @@
 """Result tables: where they may go, and how they are written."""
 
+import contextlib
+import gzip
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,10 @@ def write_table(table: pd.DataFrame, path: Path, *, kind: str) -> None:
     if kind.endswith(".parquet"):
         table.to_parquet(path)
         return
-    # A fixed time stamp keeps equal tables byte-identical.
-    packing = {"method": "gzip", "mtime": 0} if kind.endswith(".gz") else None
-    table.to_csv(path, sep="\t", index=False, float_format="%.6g", compression=packing)
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(path.open("wb"))
+        if kind.endswith(".gz"):
+            # Without a time stamp and a file name inside, equal tables are byte-identical.
+            packed = gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0)
+            handle = stack.enter_context(packed)
+        table.to_csv(handle, mode="wb", sep="\t", index=False, float_format="%.6g")

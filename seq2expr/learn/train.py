@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from seq2expr.config import RunConfig, load_run_config
+from seq2expr.config import DataConfig, RunConfig, load_run_config
 from seq2expr.dna.features import FeatureScaler
 from seq2expr.dna.normalise import fit_signal
 from seq2expr.dna.windows import Windows
@@ -104,14 +104,14 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
             train_run(twin, root, out / "twins" / name)
     if state.is_main_process:
         write_text(out / "metrics.json", json.dumps({"members": summaries}, indent=1) + "\n")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
         finish_run(
             out,
             root=root,
-            sources=data.inputs.files.sources() | {"expression": root / config.data.expression},
+            sources=data.inputs.files.sources() | _tables(config.data, root),
             seed=config.train.seed,
             notes={"genes": _counts(data, windows), "leaky": data.split.leaky},
         )
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     state.wait_for_everyone()
     return out
 
@@ -131,25 +131,8 @@ class _Task:
 def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: Windows) -> _Task:
     """Fit all scalers on the training genes of the run."""
     rows = _training_rows(config, data)
-    if not len(rows):
-        raise UserError("No training gene is left; check split, biotypes and exclude_chroms.")
-    if not (config.train.rotate_valid or len(data.rows("valid"))):
-        raise UserError(
-            "No validation gene: name validation chromosomes in data.split.valid, or set "
-            "train.rotate_valid=true."
-        )
+    _check_labels(config, data, rows)
     targets = data.targets.iloc[rows]
-    if targets.iloc[:, 0].notna().sum() < 2:
-        raise UserError(
-            f"Target {targets.columns[0]!r} has fewer than two training values; check its columns."
-        )
-    for member in range(config.train.members):
-        _, held, chroms = _member_rows(config, data, member)
-        if data.targets.iloc[held, 0].isna().all():
-            raise UserError(
-                f"Target {targets.columns[0]!r} has no value on the validation chromosome(s) "
-                f"{', '.join(chroms)}; name others in data.split.valid."
-            )
     spread = targets.std(ddof=0).fillna(0.0)
     fitted: dict[str, Any] = {
         "targets": list(targets.columns),
@@ -175,6 +158,29 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
     model_config = system.config_class(**config.model, **fitted)
     system(model_config)  # refuses settings that do not fit before anything is written
     return _Task(config, system, data, windows, model_config, features)
+
+
+def _check_labels(config: RunConfig, data: GeneData, rows: np.ndarray) -> None:
+    """Refuse a data set on which nothing could be trained or validated."""
+    if not len(rows):
+        raise UserError("No training gene is left; check split, biotypes and exclude_chroms.")
+    if not (config.train.rotate_valid or len(data.rows("valid"))):
+        raise UserError(
+            "No validation gene: name validation chromosomes in data.split.valid, or set "
+            "train.rotate_valid=true."
+        )
+    first = data.targets.iloc[:, 0]
+    if first.iloc[rows].notna().sum() < 2:
+        raise UserError(
+            f"Target {first.name!r} has fewer than two training values; check its columns."
+        )
+    for member in range(config.train.members):
+        _, held, chroms = _member_rows(config, data, member)
+        if first.iloc[held].isna().all():
+            raise UserError(
+                f"Target {first.name!r} has no value on the validation chromosome(s) "
+                f"{', '.join(chroms)}; name others in data.split.valid."
+            )
 
 
 @quiet()
@@ -207,7 +213,8 @@ def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> d
         "n_train": len(train_rows),
         "n_valid": len(valid_rows),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "history": [_readable(entry) for entry in history],
+        # The last entry sums up the training loss since the last interruption.
+        "history": [_readable(entry) for entry in history if "train_loss" not in entry],
     }
     if PartialState().is_main_process:
         model.save_pretrained(place)
@@ -240,9 +247,15 @@ def _member_rows(
 
 
 def _readable(entry: dict[str, Any]) -> dict[str, Any]:
-    """Keep what does not depend on the speed of the machine."""
+    """Keep what does not depend on the speed of the machine, or on an interruption."""
     timing = ("_runtime", "_per_second", "total_flos")
-    return {key: value for key, value in entry.items() if not key.endswith(timing)}
+    return {key: value for key, value in sorted(entry.items()) if not key.endswith(timing)}
+
+
+def _tables(data: DataConfig, root: Path) -> dict[str, Path]:
+    """Return the tables, beside the inputs, that decide what is trained on."""
+    groups = {"paralogues": data.paralogues.path} if data.paralogues else {}
+    return {role: root / path for role, path in {"expression": data.expression, **groups}.items()}
 
 
 def _counts(data: GeneData, windows: Windows) -> dict[str, Any]:

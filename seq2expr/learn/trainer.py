@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -24,6 +25,7 @@ from seq2expr.config import TrainConfig
 from seq2expr.learn.dataset import GeneCollator
 from seq2expr.model.system import System
 from seq2expr.progress import wants_progress
+from seq2expr.store import write_text
 
 _COMPLETE = "complete"
 _AVERAGE = "average.pt"
@@ -148,9 +150,11 @@ class _Housekeeping(TrainerCallback):
         self._collator.epoch = int(state.epoch or 0)
 
     def on_save(self, args, state, control, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes a file of its own
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (checkpoint / _COMPLETE).touch()
+            names = sorted(path.name for path in checkpoint.iterdir())
+            write_text(checkpoint / _COMPLETE, "\n".join(names))
 
 
 def fit(
@@ -215,14 +219,21 @@ def fit(
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest complete checkpoint, removing incomplete ones (killed while saved)."""
+    """Return the newest complete checkpoint, removing those killed while saved or deleted."""
     found = {}
     for path in checkpoints.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
+        if _is_complete(path):
             found[int(path.name.rpartition("-")[2])] = path
         else:
             shutil.rmtree(path, ignore_errors=True)
     return found[max(found)] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    marker = checkpoint / _COMPLETE
+    return marker.is_file() and all(
+        (checkpoint / name).is_file() for name in marker.read_text().splitlines()
+    )
 
 
 def _epochs(config: TrainConfig, resume: Path | None) -> float:
@@ -238,7 +249,7 @@ def _arguments(
     config: TrainConfig, seed: int, checkpoints: Path, *, epochs: float
 ) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
-    processes = transformers.training_args.PartialState(cpu=cpu).num_processes
+    processes = PartialState(cpu=cpu).num_processes
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=epochs,

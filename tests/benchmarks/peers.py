@@ -57,7 +57,7 @@ def truth(source: Source, loci: Loci, first: int, last: int) -> tuple[np.ndarray
             span = ("chr1", int(start), int(start) + loci.width)
             letters = fasta[span[0]][span[1] : span[2]]
             codes.append(encode((letters.reverse.complement if minus else letters).seq))
-            values = np.stack([np.nan_to_num(track.values(*span)) for track in tracks])
+            values = np.stack([np.nan_to_num(track.values(*span, numpy=True)) for track in tracks])
             signal.append(values[:, ::-1] if minus else values)
     return np.stack(codes), np.stack(signal)
 

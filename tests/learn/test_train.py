@@ -67,11 +67,26 @@ def test_the_manifest_names_every_input_by_its_hash(world, trained):
     for role, path in files.items():
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         assert manifest["inputs"][role] == {"file": str(path), "blake2b": digest}
-    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"].keys() >= {"seq2expr", "transformers", "numpy", "python"}
     assert manifest["seed"] == 0
     assert manifest["leaky"] is False
     assert manifest["genes"]["by_part"] == {"train": 32, "valid": 8, "test": 8}
+
+
+def test_tables_that_decide_names_and_rows_are_in_the_manifest_too(world, tmp_path, data):
+    (tmp_path / "map.tsv").write_text("chr1\t1\n")
+    (tmp_path / "families.tsv").write_text("gene\tfamily\nSIMG00001\tA\nSIMG00048\tA\n")
+    changed = data(
+        chrom_map=str(tmp_path / "map.tsv"),
+        paralogues={"path": str(tmp_path / "families.tsv"), "id": "gene", "value": "family"},
+    )
+    run = world.train(tmp_path / "run", quick, data=changed)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["inputs"]["chrom_map"]["file"] == str(tmp_path / "map.tsv")
+    assert manifest["inputs"]["paralogues"]["file"] == str(tmp_path / "families.tsv")
+    assert manifest["genes"]["left_out"]["paralogue of a validation or test gene"] == 1
+    assert summary(run)[0]["n_train"] == 31
 
 
 def test_the_effective_configuration_can_be_given_again(world, trained, tmp_path):
@@ -151,16 +166,11 @@ def test_labels_and_features_of_test_genes_do_not_matter(world, tmp_path, data):
     features = table[["gene_id"]].assign(number=np.arange(48.0), other=np.arange(48.0) ** 2 % 7)
     runs = []
     for factor in (1, 1000):
-        held_out = np.arange(48) >= 40
-        path = tmp_path / f"features{factor}.tsv"
-        number = np.where(held_out, factor * features["number"], features["number"])
-        features.assign(number=number).to_csv(path, sep="\t", index=False)
-        labels = expression(
-            world,
-            tmp_path / f"labels{factor}.tsv",
-            lambda t, by=np.where(held_out, factor, 1): t.assign(expression=t["expression"] * by),
-        )
-        changed = data(expression=labels, features={"table": str(path), "computed": ["gc"]})
+        by = np.where(np.arange(48) >= 40, factor, 1)  # chr6
+        path, labels = tmp_path / f"features{factor}.tsv", tmp_path / f"labels{factor}.tsv"
+        features.assign(number=features["number"] * by).to_csv(path, sep="\t", index=False)
+        table.assign(expression=table["expression"] * by).to_csv(labels, sep="\t", index=False)
+        changed = data(expression=str(labels), features={"table": str(path), "computed": ["gc"]})
         runs.append(world.train(tmp_path / f"run{factor}", quick, data=changed))
     assert same_weights(*runs)
     one, other = (System.from_pretrained(run).config for run in runs)
@@ -319,7 +329,7 @@ def test_features_contacts_blacklist_and_bins(world, tmp_path, data):
     assert differs.tolist() == [ids[0]]
     with pytest.raises(UserError, match=r"trained with a feature table \(age, flat.*--features"):
         world.predict(run, **(files | {"features": None}))
-    with pytest.raises(UserError, match="contacts is not given. Add --contacts FILE"):
+    with pytest.raises(UserError, match=r"contacts is not given\. Add --contacts FILE"):
         world.predict(run, **(files | {"contacts": None}))
 
 
@@ -336,9 +346,18 @@ def test_genes_that_a_feature_table_lacks_are_imputed_with_a_warning(world, tmp_
 
 
 def test_validation_without_a_value_is_refused(world, tmp_path, data):
-    labels = expression(world, tmp_path / "labels.tsv", lambda table: table.drop(range(32, 40)))
-    with pytest.raises(UserError, match="no value on the validation chromosome"):
-        world.train(tmp_path / "run", data=data(expression=labels))
+    def change(table):
+        table["second"] = 1.0
+        table.loc[32:39, "expression"] = np.nan
+        return table
+
+    labels = expression(world, tmp_path / "labels.tsv", change)
+    targets = {"one": {"columns": ["expression"]}, "two": {"columns": ["second"]}}
+    with pytest.raises(
+        UserError, match=r"'one' has no value on the validation chromosome\(s\) ch"
+    ):
+        world.train(tmp_path / "run", data=data(expression=labels, targets=targets))
+    assert not (tmp_path / "run").exists()
 
 
 # Ensembles
@@ -376,9 +395,12 @@ def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_found
     for step in (8, 16, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (8, 16):
-        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+        (tmp_path / f"checkpoint-{step}" / "model").touch()
+        (tmp_path / f"checkpoint-{step}" / "complete").write_text("model")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
     assert not (tmp_path / "checkpoint-100").exists()
+    (tmp_path / "checkpoint-16" / "model").unlink()  # killed while it was being deleted
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
     assert last_checkpoint(tmp_path / "none") is None
 
 
