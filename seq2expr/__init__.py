@@ -16,7 +16,7 @@ _PUBLIC = {
     "Track": "seq2expr.dna.tracks",
     "UserError": "seq2expr.errors",
     "Windows": "seq2expr.dna.windows",
-    "demo": "seq2expr.demo",
+    "demo": "seq2expr.showcase",
     "evaluate": "seq2expr.learn.evaluate",
     "gene_table": "seq2expr.dna.genes",
     "load_run": "seq2expr.learn.runs",
@@ -34,7 +34,6 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_PUBLIC[name]), name)
-    # A function may carry the name of its module (seq2expr.demo): the function is what is meant.
     globals()[name] = value
     return value
 

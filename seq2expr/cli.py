@@ -37,7 +37,7 @@ Overrides = Annotated[
 @app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Simulate a genome, train on it, predict a gene list, and write a report. Offline."""
-    from seq2expr.demo import demo
+    from seq2expr.showcase import demo
 
     result = demo(out)
     _say(result.summary)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seq2expr.demo import demo
+from seq2expr.showcase import demo
 from seq2expr.learn.metrics import average_precision
 from seq2expr.simulate import SimulationSettings, element_labels, read_elements
 

@@ -23,7 +23,7 @@ group ``neighbours``         all genes of the annotation, whether asked for or n
 ``overlap_same_strand``      fraction of the gene body that other genes of its strand cover
 ``overlap_opposite_strand``  fraction that genes of the other strand cover
 group ``repeats``            reads of repeated sequence map to several places and are often lost
-``repeat_gene``              share of the 24-bp words of the gene that occur elsewhere in the genome
+``repeat_gene``              share of the 24-bp words of the gene that occur elsewhere too
 ``repeat_upstream``          the same of the 300 bp before the 5' end of the gene
 ===========================  =================================================================
 

@@ -45,8 +45,9 @@ class Repeats:
         """
         if len(genome.codes) > MAX_GENOME_BP:
             raise UserError(
-                f"The feature group 'repeats' takes genomes of up to {MAX_GENOME_BP / 1e6:,.0f} Mb; "
-                f"{fasta} has {len(genome.codes) / 1e6:,.0f} Mb. Leave it out of features.computed."
+                f"The feature group 'repeats' takes genomes of up to {MAX_GENOME_BP / 1e6:,.0f} "
+                f"Mb; {fasta} has {len(genome.codes) / 1e6:,.0f}. Leave it out of "
+                "data.features.computed."
             )
         store = open_store(
             "repeats",

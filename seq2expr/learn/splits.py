@@ -90,8 +90,8 @@ def chromosome_split(
     split = Split(train=train, valid=parts["valid"], test=parts["test"])
     if not split.train:
         raise UserError(
-            f"No chromosome is left to train on; leave out of test, valid and exclude at least one "
-            f"of {', '.join(present)}."
+            "No chromosome is left to train on; leave out of test, valid and exclude at least "
+            f"one of {', '.join(present)}."
         )
     return split
 

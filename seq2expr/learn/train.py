@@ -151,8 +151,9 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
     features = None
     if data.features.shape[1]:
         scaler = FeatureScaler.fit(data.features.iloc[rows])
-        for name, reason in scaler.dropped.items():
-            log.warning("Feature %s is left out: %s in training.", name, reason)
+        if scaler.dropped:
+            dropped = ", ".join(f"{name} ({why})" for name, why in scaler.dropped.items())
+            log.info("Features left out, with the reason in training: %s.", dropped)
         features = scaler.transform(data.features)
         fitted |= {"features": scaler.to_dict(), "n_features": features.shape[1]}
     model_config = system.config_class(**config.model, **fitted)

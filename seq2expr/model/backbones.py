@@ -132,8 +132,8 @@ class ConvTower(nn.Module):
         Factor by which each stage shortens the sequence: the first by the stem, the others by a
         Linear over neighbouring positions.
     stem
-        ``gelu``, or ``exp``: batch normalisation and exponential activation, which lets first-layer
-        filters become motifs (Koo & Ploenzke 2021, *Nature Machine Intelligence*).
+        ``gelu``, or ``exp``: batch normalisation and an exponential activation, which lets
+        first-layer filters become motifs (Koo & Ploenzke 2021, *Nature Machine Intelligence*).
     stem_pool
         Run the stem on every base and take the maximum over each stride (finds a motif wherever
         it begins, at the cost of ``strides[0]`` times the work), rather than stepping by it.

@@ -130,9 +130,9 @@ def test_a_twin_reads_the_tracks_that_it_was_trained_with(world, trained, tmp_pa
         ids = found.predictions["gene_id"].tolist()
         alone = world.predict(twin, tracks=paths, genes=ids).table[TARGET]
         np.testing.assert_allclose(found.predictions["twin"], alone, rtol=1e-5)
+    tree["tracks"] = {"h3k27ac": "h3k27ac.bw"}
+    data.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=r"with the track\(s\) atac, h3k27ac; atac is not given"):
-        tree["tracks"] = {"h3k27ac": "h3k27ac.bw"}
-        data.write_text(yaml.safe_dump(tree))
         evaluate(trained, truth=world.simulation.expression, data=data, root=world.root)
 
 
