@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seq2expr.showcase import demo
 from seq2expr.learn.metrics import average_precision
+from seq2expr.showcase import demo
 from seq2expr.simulate import SimulationSettings, element_labels, read_elements
 
 SETTINGS = SimulationSettings(n_chroms=4, genes_per_chrom=12, window_bp=1600)

@@ -38,7 +38,9 @@ def test_systems_know_nothing_above_the_model():
 def test_no_layer_imports_a_higher_one():
     order = ["interpret", "learn", "systems", "model", "dna"]
     for rank, folder in enumerate(order):
-        higher = tuple(f"seq2expr.{name}" for name in [*order[:rank], "cli", "registry", "showcase"])
+        higher = tuple(
+            f"seq2expr.{name}" for name in [*order[:rank], "cli", "registry", "showcase"]
+        )
         for path in (ROOT / "seq2expr" / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom):

@@ -210,7 +210,7 @@ def open_predictor(
 ) -> Predictor:
     """Open inputs for a loaded model."""
     config: SystemConfig = model.config
-    inputs = DnaInputs(files, bin_bp=config.bin_bp, verify=verify)
+    inputs = DnaInputs(files, bin_bp=config.bin_bp, dtype=config.track_dtype, verify=verify)
     windows = inputs.windows(
         width=config.width, tss_index=config.tss_index, stranded=config.stranded
     )

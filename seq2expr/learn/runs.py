@@ -29,6 +29,8 @@ _LIBRARIES = ("seq2expr", "torch", "transformers", "numpy", "pyBigWig", "pyfaidx
 def is_finished(out: Path, config: RunConfig) -> bool:
     """Tell whether a directory holds this run, finished; nothing is written.
 
+    Controls can be asked for later: they do not make it another run.
+
     Raises
     ------
     UserError
@@ -36,7 +38,7 @@ def is_finished(out: Path, config: RunConfig) -> bool:
     """
     known = out / "run.yaml"
     if known.is_file():
-        if known.read_text(encoding="utf-8") != dump_yaml(config):
+        if _without_controls(run_config(out)) != _without_controls(config):
             raise UserError(
                 f"{out} holds a run of another configuration (see {known}). "
                 "Choose another --out, or remove it."
@@ -45,6 +47,10 @@ def is_finished(out: Path, config: RunConfig) -> bool:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is no run; choose another --out, or empty it.")
     return False
+
+
+def _without_controls(config: RunConfig) -> str:
+    return dump_yaml(config.model_copy(update={"controls": False}))
 
 
 def start_run(out: Path, config: RunConfig) -> None:

@@ -73,16 +73,28 @@ def train(
 
 
 def train_run(config: RunConfig, root: Path, out: Path) -> Path:
-    """Train the run that a checked configuration describes."""
+    """Train the run that a checked configuration describes, then its twins where asked."""
     system = system_class(config.system)
     check_settings(system.config_class, config.model)
-    template = system.config_class(**config.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         finished = is_finished(out, config)
     if finished:
         log.info("%s is finished already; remove it to train again.", out)
-        return out
+    else:
+        _train_model(config, system, root, out)
+    if config.controls:
+        for name, change in system.twins.items():
+            twin = config.model_copy(update={"model": config.model | change, "controls": False})
+            train_run(twin, root, out / "twins" / name)
+    state.wait_for_everyone()
+    return out
+
+
+def _train_model(config: RunConfig, system: type[System], root: Path, out: Path) -> None:
+    """Open the data, train every member, and write what makes a directory a run."""
+    template = system.config_class(**config.model)
+    state = PartialState()
     with state.main_process_first():
         data = open_data(config.data, root, bin_bp=template.bin_bp)
         windows = data.inputs.windows(
@@ -98,10 +110,6 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     for member in range(config.train.members):
         place = out if config.train.members == 1 else out / "members" / str(member)
         summaries.append(_train_member(task, member, place, out / "checkpoints" / str(member)))
-    if config.controls:
-        for name, change in system.twins.items():
-            twin = config.model_copy(update={"model": config.model | change, "controls": False})
-            train_run(twin, root, out / "twins" / name)
     if state.is_main_process:
         write_text(out / "metrics.json", json.dumps({"members": summaries}, indent=1) + "\n")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -112,8 +120,6 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
             seed=config.train.seed,
             notes={"genes": _counts(data, windows), "leaky": data.split.leaky},
         )
-    state.wait_for_everyone()
-    return out
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
         "target_weight": [spec.weight for spec in config.data.targets.values()],
         "profiles": list(data.inputs.files.profiles),
         "tss_rule": config.data.tss_rule,
+        "track_dtype": config.data.dtype,
         "feature_groups": list(config.data.features.computed),
         "feature_table": data.inputs.table_features,
     }

@@ -46,6 +46,8 @@ class SystemConfig(PreTrainedConfig):
         Names of the features that came from a table.
     tss_rule
         How the TSS followed from the annotation.
+    track_dtype
+        Type of the track stores.
     head
         Settings of the :class:`seq2expr.model.heads.ExpressionHead`.
     profile_weight
@@ -74,6 +76,7 @@ class SystemConfig(PreTrainedConfig):
     feature_groups: list[str] | None = None
     feature_table: list[str] | None = None
     tss_rule: str = "gene"
+    track_dtype: str = "float16"
     head: dict | None = None
     profile_weight: float = 1.0
     profile_readout: bool = False
@@ -89,6 +92,12 @@ FITTED = (
     "target_mean",
     "target_sd",
     "target_weight",
+    "features",
+    "n_features",
+    "feature_groups",
+    "feature_table",
+    "tss_rule",
+    "track_dtype",
 )
 """Fields of a system's configuration that come from the data, never from the user."""
 

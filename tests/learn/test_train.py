@@ -409,3 +409,13 @@ def _starts(world):
     genes = table[table[2] == "gene"]
     tss = np.where(genes[6] == "+", genes[3] - 1, genes[4] - 1)
     return dict(zip(genes[8].str.extract('gene_id "([^"]+)"')[0], tss, strict=True))
+
+
+def test_twins_can_be_trained_later(world, tmp_path):
+    run = world.train(tmp_path / "run")
+    before = weights(run)
+    assert not (run / "twins").exists()
+    world.train(tmp_path / "run", "controls=true")
+    assert {twin.name for twin in (run / "twins").iterdir()} == {"unmasked", "promoter_only"}
+    after = weights(run)
+    assert all(torch.equal(before[name], after[name]) for name in after)
