@@ -12,7 +12,7 @@ import pyfaidx
 
 from seq2expr.errors import UserError
 from seq2expr.progress import progress
-from seq2expr.store import ArrayWriter, Store, open_store, unwritable
+from seq2expr.store import ArrayWriter, Store, open_store, unwritable, write_mirror
 
 BASES = "ACGTN"
 """Base of each code: A0 C1 G2 T3, and N4 for everything else."""
@@ -45,6 +45,8 @@ class Genome:
     ----------
     codes
         uint8 [total bases], memory-mapped.
+    minus
+        The reverse complement of ``codes`` as a whole, likewise.
     lengths
         Length in bp of each chromosome, in the order of the FASTA.
     offsets
@@ -54,6 +56,7 @@ class Genome:
     def __init__(self, store: Store):
         self.store = store
         self.codes = store.array("codes")
+        self.minus = store.array("minus")
         self.lengths: dict[str, int] = dict(store.manifest["report"]["lengths"])
         starts = np.concatenate([[0], np.cumsum(list(self.lengths.values()))])
         self.offsets = {
@@ -125,6 +128,7 @@ def _build(fasta: Path, target: Path) -> Mapping:
             lengths = {name: len(records[name]) for name in records.keys()}  # noqa: SIM118
             _check_lengths(fasta, lengths)
             counts = _write_codes(records, lengths, target)
+        write_mirror(target, "codes", "minus", lambda block: COMPLEMENT[block])
     except UserError:
         raise
     except (pyfaidx.FastaIndexingError, pyfaidx.FetchError, ValueError) as error:

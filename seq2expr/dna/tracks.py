@@ -19,7 +19,7 @@ import pyBigWig
 from seq2expr.dna.names import resolve_names
 from seq2expr.errors import UserError
 from seq2expr.progress import progress
-from seq2expr.store import ArrayWriter, Store, open_store
+from seq2expr.store import ArrayWriter, Store, open_store, write_mirror
 
 TrackType = Literal["float16", "float32"]
 
@@ -75,6 +75,8 @@ class Track:
     ----------
     values
         float16 or float32 [elements of the layout], memory-mapped.
+    mirror
+        ``values`` back to front, for the minus strand.
     scale
         Physical value = ``values * scale``.
     absent
@@ -85,6 +87,7 @@ class Track:
         self.name = name
         self.store = store
         self.values = store.array("values")
+        self.mirror = store.array("mirror")
         self.scale = float(store.manifest["report"]["scale"])
         self.absent: list[str] = store.manifest["report"]["absent"]
 
@@ -222,6 +225,7 @@ def _build(
             with ArrayWriter(target / "values.npy", dtype, layout.total) as values:
                 for block in blocks(f"{path.name}: store"):
                     values.write(block / np.float32(scale))
+        write_mirror(target, "values", "mirror")
     except RuntimeError as error:
         raise _broken(path) from error
     return {"scale": scale, "largest": largest, "absent": absent}

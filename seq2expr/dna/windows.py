@@ -1,18 +1,16 @@
 """Windows around genes: base codes, track values and blocked bases, in transcribed orientation.
 
 A window of ``width`` bases holds the TSS at ``tss_index`` on both strands: windows of
-minus-strand genes are reverse-complemented and their tracks flipped. Reads copy slices of
-memory maps into buffers that can be reused; nothing is done base by base in Python.
+minus-strand genes are reverse-complemented and their tracks flipped. Stores hold both strands, so
+that a read copies slices of memory maps into buffers; nothing is done base by base in Python.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from seq2expr.dna.contacts import Contacts
 from seq2expr.dna.genome import PAD, Genome
@@ -119,9 +117,9 @@ class Windows:
         set_(self, "_offsets", list(self.genome.offsets.values()))
         set_(self, "_bins", layout.sizes.tolist())
         set_(self, "_bin_offsets", layout.offsets.tolist())
-        set_(self, "_sequence", _Source(self.genome.codes))
-        set_(self, "_signals", [_Source(track.values) for track in self.tracks])
-        set_(self, "_targets", [_Source(track.values) for track in self.profiles])
+        set_(self, "_sequence", _Source(self.genome.codes, self.genome.minus))
+        set_(self, "_signals", [_Source(track.values, track.mirror) for track in self.tracks])
+        set_(self, "_targets", [_Source(track.values, track.mirror) for track in self.profiles])
         set_(self, "_blocked", _by_chromosome(self.blacklist, list(self.genome.lengths)))
 
     @property
@@ -191,7 +189,6 @@ class Windows:
         cuts = _cut(sites, starts, self._offsets, self._lengths, self.width)
         codes = np.empty((len(cuts), self.width), np.uint8) if out is None else out.codes
         _copy(self._sequence, cuts, codes, PAD)
-        _complement(codes, sites.minus)
         keep = self._keep(sites, starts, cuts)
         if self.bin_bp > 1:
             starts = (starts + self.bin_bp // 2) // self.bin_bp
@@ -256,27 +253,12 @@ class Windows:
 
 _NOTHING = (np.empty(0, np.int64), np.empty(0, np.int64))
 
-_LONG = 1 << 14
-"""From here on torch reverses faster than numpy: its flip is vectorised, but dearer to call."""
 
+class _Source(NamedTuple):
+    """Values of a store in plus-strand order, and mirrored for the minus strand."""
 
-class _Source:
-    """Values of a store, and their bits as integers for torch."""
-
-    def __init__(self, values: np.ndarray):
-        self._values = values
-        with warnings.catch_warnings():  # the map is read-only, and only read
-            warnings.simplefilter("ignore", UserWarning)
-            self._dtype = torch.from_numpy(values[:0]).dtype
-            self._bits = torch.from_numpy(values.view(f"i{values.itemsize}"))
-
-    def copy(self, begin: int, end: int, reverse: bool, out: np.ndarray) -> None:
-        """Write elements begin to end in the wanted order."""
-        if reverse and end - begin >= _LONG:
-            values = torch.flip(self._bits[begin:end], [0]).view(self._dtype)
-            torch.from_numpy(out).copy_(values)
-        else:
-            out[:] = self._values[begin:end][::-1] if reverse else self._values[begin:end]
+    plus: np.ndarray
+    minus: np.ndarray
 
 
 class _Cut(NamedTuple):
@@ -311,22 +293,12 @@ def _cut(
 
 def _copy(source: _Source, cuts: Sequence[_Cut], out: np.ndarray, fill: int) -> None:
     """Copy each row from the store; past a chromosome end lies ``fill``."""
+    total = len(source.plus)
     for row, (begin, end, left, right, minus) in zip(out, cuts, strict=True):
         if left or right:
             row[:left] = row[len(row) - right :] = fill
             row = row[left : len(row) - right]
-        source.copy(begin, end, minus, row)
-
-
-def _complement(codes: np.ndarray, minus: np.ndarray) -> None:
-    """Complement the rows of the minus strand in place."""
-    # 3 ^ code for A, C, G, T; N (4) becomes 7 and is brought back.
-    if codes.shape[1] >= _LONG:
-        for row in np.flatnonzero(minus):
-            torch.from_numpy(codes[row]).bitwise_xor_(3).clamp_(max=PAD)
-    elif minus.any():
-        flip = torch.from_numpy(minus[:, None] * np.uint8(3))
-        torch.from_numpy(codes).bitwise_xor_(flip).clamp_(max=PAD)
+        row[:] = source.minus[total - end : total - begin] if minus else source.plus[begin:end]
 
 
 def _by_chromosome(

@@ -57,6 +57,7 @@ def test_lines_and_compression_do_not_matter(tmp_path, fasta, width, compressed,
     assert sorted(path.name for path in genome.store.path.iterdir()) == [
         "codes.npy",
         "manifest.json",
+        "minus.npy",
     ]
 
 
@@ -194,3 +195,11 @@ def test_yeast_is_what_pyfaidx_reads(realdata, tmp_path):
         for chrom in ("I", "XVI", "Mito"):
             text = str(oracle[chrom][:]).upper()
             assert decode(genome.sequence(chrom, 0, len(text))) == text
+
+
+def test_the_other_strand_is_stored_as_one_reverse_complement(tmp_path, monkeypatch):
+    monkeypatch.setattr("seq2expr.store._BLOCK", 7)  # several blocks, the last one short
+    fasta = tmp_path / "g.fa"
+    fasta.write_text(">a\nACGTNACCA\n>b\nTTGACGRACA\n")
+    genome = Genome.from_fasta(fasta)
+    np.testing.assert_array_equal(genome.minus, reverse_complement(genome.codes))
