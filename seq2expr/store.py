@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -52,6 +53,19 @@ class Store:
         times more), and holds no file offset: it may be shared over a fork.
         """
         return np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the resident pages of a memory-mapped array; they come back when touched.
+
+    The system would take them back under pressure by itself, but until then they count as memory
+    of the process, and grow with every window read.
+    """
+    holder: Any = array
+    while isinstance(holder, np.ndarray):
+        holder = holder.base
+    if isinstance(holder, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        holder.madvise(mmap.MADV_DONTNEED)
 
 
 class ArrayWriter:

@@ -17,7 +17,15 @@ import pytest
 from seq2expr import store
 from seq2expr.dna.genome import Genome
 from seq2expr.errors import UserError
-from seq2expr.store import ArrayWriter, file_digest, open_store, publish, write_text
+from seq2expr.store import (
+    ArrayWriter,
+    Store,
+    file_digest,
+    open_store,
+    publish,
+    release,
+    write_text,
+)
 from tests.conftest import random_sequence, write_fasta
 
 
@@ -263,3 +271,22 @@ def test_the_cache_is_where_the_environment_says(cache, monkeypatch):
 def test_a_manifest_is_plain_json(builder):
     text = (builder.open().path / "manifest.json").read_text()
     assert set(json.loads(text)) == {"format", "sources", "settings", "files", "report"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_released_pages_leave_memory_and_come_back(tmp_path):
+    values = np.arange(1 << 22, dtype=np.int64)
+    np.save(tmp_path / "values.npy", values)
+    (tmp_path / "manifest.json").write_text("{}")
+    array = Store(tmp_path, {}).array("values")
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("RssFile")))
+
+    assert int(array.sum()) == int(values.sum())
+    before = resident()
+    release(array)
+    assert resident() < before - 20_000  # kB, of the 32,768 that were read
+    np.testing.assert_array_equal(array, values)
+    release(values)  # an array in memory has nothing to let go of

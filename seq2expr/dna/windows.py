@@ -16,6 +16,7 @@ from seq2expr.dna.contacts import Contacts
 from seq2expr.dna.genome import PAD, Genome
 from seq2expr.dna.tracks import Layout, Track, bin_means
 from seq2expr.errors import UserError
+from seq2expr.store import release
 
 
 class Sites(NamedTuple):
@@ -197,6 +198,12 @@ class Windows:
         signal = self._signal(sites, starts, cuts, out and out.signal)
         profile = self._profile(sites, cuts, out and out.profile)
         return WindowArrays(codes, signal, profile, keep)
+
+    def release(self) -> None:
+        """Let go of the memory that earlier reads keep resident."""
+        for source in (self._sequence, *self._signals, *self._targets):
+            release(source.plus)
+            release(source.minus)
 
     def _signal(
         self, sites: Sites, starts: np.ndarray, cuts: "list[_Cut]", out: np.ndarray | None

@@ -196,6 +196,8 @@ class Predictor:
                 answer = self.model(**fields)
             answer = Prediction(mean=_cpu(answer.mean), importance=_cpu(answer.importance))
             yield genes.iloc[rows], answer
+            if rows.stop % _CHUNK < self.batch_size:  # keeps memory flat in the number of genes
+                self.windows.release()
 
     def tables(self, genes: pd.DataFrame) -> Iterator[pd.DataFrame]:
         """Yield the prediction table a batch at a time."""
