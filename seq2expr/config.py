@@ -8,6 +8,7 @@ configuration is saved with the run as ``run.yaml`` and can be given again.
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,8 +325,16 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def installed() -> list[str]:
     """Return the names of the installed configuration files."""
-    folder = resources.files("seq2expr.configs")
-    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = (item.name for item in _installed_folder().iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _installed_folder() -> Traversable:
+    """Return where the installed configurations are: in the package, or beside it in a checkout."""
+    try:
+        return resources.files("seq2expr.configs")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[1] / "configs"
 
 
 def _find(source: str | os.PathLike) -> tuple[bytes, str]:
@@ -335,7 +344,7 @@ def _find(source: str | os.PathLike) -> tuple[bytes, str]:
         return path.read_bytes(), str(path)
     name = path.name.removesuffix(".yaml")
     if name in installed() and path.parent in (Path("."), Path("configs")):
-        text = resources.files("seq2expr.configs").joinpath(f"{name}.yaml").read_bytes()
+        text = (_installed_folder() / f"{name}.yaml").read_bytes()
         return text, f"installed {name}.yaml"
     raise UserError(
         f"No configuration {str(source)!r}: no such file, and not among the installed ones "
