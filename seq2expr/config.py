@@ -330,7 +330,7 @@ def installed() -> list[str]:
 
 
 def _installed_folder() -> Traversable:
-    """Return where the installed configurations are: in the package, or beside it in a checkout."""
+    """Return where the installed files are: in the package, or beside it in a checkout."""
     try:
         return resources.files("seq2expr.configs")
     except ModuleNotFoundError:
