@@ -15,10 +15,10 @@ from seq2expr.learn.dataset import data_files
 from seq2expr.learn.evaluate import MODEL, Evaluation, evaluate
 from seq2expr.learn.metrics import average_precision
 from seq2expr.learn.predict import Predictor, open_predictor, predict
-from seq2expr.learn.runs import load_run, run_config
+from seq2expr.learn.runs import load_run, run_config, training_history
 from seq2expr.learn.train import train
 from seq2expr.locus import locus
-from seq2expr.plot import controls_bars, precision_recall, save, scatter_predicted
+from seq2expr.plot import controls_bars, precision_recall, save, scatter_predicted, training_curve
 from seq2expr.report import Report
 from seq2expr.simulate import (
     KINDS,
@@ -235,12 +235,21 @@ def _report(
 
     _show_predictions(report, result)
     _show_elements(report, result, scores, regions, elements)
+    _show_training(report, result)
     report.write(result.report)
 
 
 def _show(report: Report, result: DemoResult, figure: Figure, stem: str, caption: str) -> None:
     report.figure(figure, caption)
     save(figure, result.out / "figures" / stem)
+
+
+def _show_training(report: Report, result: DemoResult) -> None:
+    history = training_history(result.out / "run")
+    chosen = history[history["metric"].isin(["loss", "pearson_across_genes"])]
+    report.section("Training")
+    caption = "Loss and validation correlation by epoch; the epoch with the lowest error is kept."
+    _show(report, result, training_curve(chosen), "training", caption)
 
 
 def _show_predictions(report: Report, result: DemoResult) -> None:

@@ -75,11 +75,11 @@ def test_regions_are_a_sorted_bed_file(result, test_genes):
 
 def test_the_report_shows_figures_and_controls(result):
     page = result.report.read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     for word in ("promoter_only", "signal_only_tree", "signal alone", "distance to TSS"):
         assert word in page
     assert "://" not in page  # nothing to load
-    stems = {"predicted_measured", "controls", "elements", "locus"}
+    stems = {"predicted_measured", "controls", "elements", "locus", "training"}
     assert {path.stem for path in (result.out / "figures").iterdir()} == stems
     assert "signal alone" in result.summary
 

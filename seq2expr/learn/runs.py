@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError
 from transformers.utils import logging as hf_logging
 
@@ -128,6 +129,20 @@ def load_run(run: str | os.PathLike) -> System | Ensemble:
 def run_config(run: Path) -> RunConfig:
     """Read the effective configuration of a run."""
     return parse_run_config(read_yaml(run / "run.yaml"), where=str(run / "run.yaml"))
+
+
+def training_history(run: Path) -> pd.DataFrame:
+    """Return how training went: ``member epoch split metric value``, one row per number."""
+    members = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["members"]
+    rows = []
+    for member, summary in enumerate(members):
+        for entry in summary["history"]:
+            for key, value in entry.items():
+                split = "validation" if key.startswith("eval_") else "training"
+                name = key.removeprefix("eval_")
+                if name.startswith(("loss", "mse", "pearson")):
+                    rows.append((member, entry["epoch"], split, name, value))
+    return pd.DataFrame(rows, columns=["member", "epoch", "split", "metric", "value"])
 
 
 def run_manifest(run: Path) -> dict[str, Any]:

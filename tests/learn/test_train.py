@@ -12,6 +12,7 @@ import yaml
 from seq2expr.config import load_run_config
 from seq2expr.errors import Seq2ExprWarning, UserError
 from seq2expr.learn import train as train_module
+from seq2expr.learn.runs import training_history
 from seq2expr.learn.trainer import WeightAverage, last_checkpoint
 from seq2expr.model.system import Ensemble, System
 from tests.runs import TARGET, same_weights, weights
@@ -419,3 +420,11 @@ def test_twins_can_be_trained_later(world, tmp_path):
     assert {twin.name for twin in (run / "twins").iterdir()} == {"unmasked", "promoter_only"}
     after = weights(run)
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_the_history_of_a_run_is_one_long_table(trained):
+    history = training_history(trained)
+    assert set(history["split"]) == {"training", "validation"}
+    errors = history[(history["metric"] == "mse") & (history["split"] == "validation")]
+    assert errors["epoch"].tolist() == sorted(errors["epoch"])
+    assert (errors["value"] > 0).all()
