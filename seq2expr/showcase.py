@@ -126,9 +126,10 @@ def demo(
     simulation = simulate(out / "data", settings or SimulationSettings())
     data, root = simulation.data_config, simulation.root
     run = train(CONFIG, data=data, root=root, out=out / "run", overrides=overrides)
-    predictor = open_predictor(load_run(run), data_files(run_config(run).data, root))
+    config = run_config(run).data
+    predictor = open_predictor(load_run(run), data_files(config, root))
     genes = predictor.inputs.genes
-    genes = genes[genes["chrom"].isin(run_config(run).data.split.test)].reset_index(drop=True)
+    genes = genes[genes["chrom"].isin(config.split.test)].reset_index(drop=True)
     write_text(out / "genes.txt", "\n".join(genes["gene_id"]) + "\n")
     predict(
         run,

@@ -39,6 +39,10 @@ class Sites(NamedTuple):
     tss: np.ndarray
     minus: np.ndarray
 
+    def rows(self, rows: slice) -> "Sites":
+        """Return some of the sites."""
+        return Sites(*(column[rows] for column in self))
+
 
 class WindowArrays(NamedTuple):
     """What a read gives; ``None`` where nothing was asked for.

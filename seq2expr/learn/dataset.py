@@ -1,7 +1,6 @@
 """From a data configuration to rows and batches: which genes, which part, and the collator."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_category, read_expression
 from seq2expr.learn.splits import Split, apply_groups, chromosome_split
 from seq2expr.model.batch import Batch
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,17 @@ def data_files(data: DataConfig, root: Path) -> DnaFiles:
     )
 
 
+def data_split(data: DataConfig, chroms: Iterable[str]) -> Split:
+    """Split the chromosomes that carry genes as a data configuration says."""
+    return chromosome_split(
+        chroms,
+        test=data.split.test,
+        valid=data.split.valid,
+        exclude=data.exclude_chroms,
+        allow_leaky=data.split.allow_leaky,
+    )
+
+
 def open_data(data: DataConfig, root: Path, *, bin_bp: int = 1) -> GeneData:
     """Open a data set: build or find its stores, read labels, split by chromosome.
 
@@ -97,13 +105,7 @@ def open_data(data: DataConfig, root: Path, *, bin_bp: int = 1) -> GeneData:
     inputs = DnaInputs(data_files(data, root), bin_bp=bin_bp, dtype=data.dtype)
     table = read_expression(root / data.expression)
     genes = inputs.genes
-    split = chromosome_split(
-        genes["chrom"],
-        test=data.split.test,
-        valid=data.split.valid,
-        exclude=data.exclude_chroms,
-        allow_leaky=data.split.allow_leaky,
-    )
+    split = data_split(data, genes["chrom"])
     left_out = {"chromosome not in the FASTA": len(inputs.off_genome)}
     excluded = genes["chrom"].isin(data.exclude_chroms)
     left_out["chromosome excluded"] = int(excluded.sum())

@@ -6,7 +6,6 @@ table; and only a chunk is ever in memory.
 """
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from accelerate import PartialState
 from seq2expr.dna.features import FeatureScaler
 from seq2expr.dna.genes import read_gene_list, select_genes
 from seq2expr.dna.inputs import DnaFiles, DnaInputs
-from seq2expr.dna.windows import Sites, Windows
+from seq2expr.dna.windows import Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import to_batch
 from seq2expr.learn.runs import find_run, load_run
@@ -31,8 +30,6 @@ from seq2expr.model.batch import Prediction
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress
 from seq2expr.store import digest, file_digest, publish, write_text
-
-log = logging.getLogger(__name__)
 
 GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "tss", "strand"]
 """First columns of every prediction table; ``tss`` is 0-based, as everywhere."""
@@ -181,7 +178,7 @@ class Predictor:
         buffers = None
         for start in range(0, len(genes), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            part = Sites(*(column[rows] for column in sites))
+            part = sites.rows(rows)
             full = len(part.tss) == self.batch_size
             arrays = self.windows.read(part, out=buffers if full else None)
             buffers = arrays if full else buffers
@@ -219,7 +216,7 @@ def open_predictor(
     features = None
     if config.features is not None:
         scaler = FeatureScaler.from_dict(config.features)
-        _check_features(scaler, config, files)
+        _check_features(config, files)
         raw = inputs.features(inputs.genes, config.feature_groups or [])
         features = pd.DataFrame(scaler.transform(raw), index=raw.index)
     if torch.cuda.is_available():
@@ -227,7 +224,7 @@ def open_predictor(
     return Predictor(model, inputs, windows, features, batch_size)
 
 
-def _check_features(scaler: FeatureScaler, config: SystemConfig, files: DnaFiles) -> None:
+def _check_features(config: SystemConfig, files: DnaFiles) -> None:
     """Refuse to impute a whole table of features that was an input in training."""
     if files.features is None and config.feature_table:
         names = ", ".join(config.feature_table[:5])

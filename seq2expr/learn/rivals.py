@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from seq2expr.dna.windows import Sites, Windows
+from seq2expr.dna.windows import Windows
 from seq2expr.learn.controls import CONTROLS, ControlData, promoter_kmers, signal_bins
 from seq2expr.learn.labels import read_category
 from seq2expr.learn.runs import find_run
@@ -99,9 +99,7 @@ def _control_data(
     sites = windows.sites(genes)
     kmers, bins = [], []
     for start in progress(range(0, len(genes), _BATCH), what="controls", unit="batch"):
-        rows = slice(start, start + _BATCH)
-        part = Sites(sites.gene_id[rows], sites.chrom[rows], sites.tss[rows], sites.minus[rows])
-        arrays = windows.read(part)
+        arrays = windows.read(sites.rows(slice(start, start + _BATCH)))
         kmers.append(promoter_kmers(arrays.codes, windows.anchor))
         if arrays.signal is not None:
             physical = arrays.signal.astype(np.float32) * windows.scales[:, None]

@@ -10,10 +10,9 @@ import pandas as pd
 from seq2expr.config import DataConfig, RunConfig, parse_run_config, read_yaml
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
-from seq2expr.learn.dataset import GeneData, data_files, open_data
+from seq2expr.learn.dataset import GeneData, data_files, data_split, open_data
 from seq2expr.learn.predict import match_tracks, open_predictor
 from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
-from seq2expr.learn.splits import chromosome_split
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress
 
@@ -57,13 +56,7 @@ class Source:
         chroms = self.opened.inputs.genes["chrom"].unique().tolist()
         seen: set[str] = set()
         for data in known:
-            split = chromosome_split(
-                chroms,
-                test=data.split.test,
-                valid=data.split.valid,
-                exclude=data.exclude_chroms,
-                allow_leaky=data.split.allow_leaky,
-            )
+            split = data_split(data, chroms)
             seen |= {*split.train, *split.valid} - set(split.test)
         return seen
 

@@ -327,9 +327,7 @@ class Seq2Exp(System):
             promoter = self.promoter
             first, last = promoter.start // stride, -(-promoter.stop // stride)
             pooled = positions[:, first : max(last, first + 1)].mean(1)
-        if batch.features is not None:
-            pooled = torch.cat([pooled, batch.features.to(pooled.dtype)], dim=1)
-        return Encoded(site=pooled, positions=positions)
+        return Encoded(site=_with_features(pooled, batch), positions=positions)
 
     def _encode_packed(self, inputs: Tensor, mask: Tensor, batch: Batch) -> Encoded:
         """Run the predictor on the kept bases only, and pool its promoter."""
@@ -344,9 +342,14 @@ class Seq2Exp(System):
         index = before.unsqueeze(1) + torch.arange(width, device=before.device)
         index = index.unsqueeze(-1).expand(-1, -1, outputs.shape[-1])
         pooled = outputs.gather(1, index).mean(1)
-        if batch.features is not None:
-            pooled = torch.cat([pooled, batch.features.to(pooled.dtype)], dim=1)
-        return Encoded(site=pooled)
+        return Encoded(site=_with_features(pooled, batch))
+
+
+def _with_features(pooled: Tensor, batch: Batch) -> Tensor:
+    """Append the gene features, where there are any."""
+    if batch.features is None:
+        return pooled
+    return torch.cat([pooled, batch.features.to(pooled.dtype)], dim=1)
 
 
 def pack_rows(values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
