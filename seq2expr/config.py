@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 
@@ -22,6 +22,9 @@ class Strict(pydantic.BaseModel):
     """A section of a configuration: unknown keys are refused, values are not changed later."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Strict)
 
 
 class TrackSpec(Strict):
@@ -295,6 +298,24 @@ def parse_run_config(tree: Mapping[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_first_problem(error)}") from error
+
+
+def parse_settings(kind: type[S], overrides: Sequence[str]) -> S:
+    """Make settings of a kind from their defaults and ``key=value`` texts.
+
+    Raises
+    ------
+    UserError
+        Naming the key, its value and what is allowed.
+    """
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        _assign(changes, text)
+    try:
+        return kind.model_validate(changes)
+    except pydantic.ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        raise UserError(f"--set: {_first_problem(error)} Known keys: {known}.") from error
 
 
 def read_yaml(source: str | os.PathLike) -> dict[str, Any]:

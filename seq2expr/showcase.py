@@ -1,7 +1,7 @@
 """The whole main job on a simulated genome: train, predict a gene list, check it, report."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seq2expr.interpret.regions import regions_bed
+from seq2expr.interpret.regions import Thresholds, call_all, on_chromosome
+from seq2expr.interpret.tables import bed_rows
 from seq2expr.learn.dataset import data_files
 from seq2expr.learn.evaluate import MODEL, Evaluation, evaluate
 from seq2expr.learn.metrics import average_precision
@@ -142,7 +143,7 @@ def demo(
     evaluation = evaluate(run, truth=simulation.expression, out=out / "metrics.tsv")
     elements = read_elements(simulation.elements)
     scores = _score_bases(predictor, genes, elements)
-    regions = regions_bed(genes, scores.starts, scores.mask, threshold=THRESHOLD)
+    regions = _call(scores, predictor.inputs.genome.lengths)
     _write(out / "regions.bed", regions, header=False)
     found = _find_elements(scores)
     _write(out / "elements.tsv", found)
@@ -171,6 +172,16 @@ def _score_bases(predictor: Predictor, genes: pd.DataFrame, elements: pd.DataFra
         for gene, start in zip(genes.itertuples(), starts.tolist(), strict=True)
     ]
     return Scores(genes, starts, masks, signals, np.array(labels))
+
+
+def _call(scores: Scores, lengths: Mapping[str, int]) -> pd.DataFrame:
+    """Call the regions of the mask, as BED rows and the distance to the TSS."""
+    starts = scores.starts
+    windows = scores.genes.assign(start=starts, end=starts + scores.mask.shape[1])
+    thresholds = Thresholds(high=THRESHOLD, low=THRESHOLD, method="mask")
+    regions = call_all(windows, scores.mask, thresholds, on_chromosome(windows, lengths))
+    columns = ["chrom", "start", "end", "name", "score", "strand", "distance"]
+    return bed_rows(regions, top=1.0)[columns]
 
 
 def _rank(scores: Scores) -> dict[str, np.ndarray]:

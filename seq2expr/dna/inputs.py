@@ -153,10 +153,14 @@ class DnaInputs:
         """Blocked intervals, chromosomes named as in the FASTA."""
         if self.files.blacklist is None:
             return None
-        blocked = read_bed(self.files.blacklist)
-        names = self._names(blocked["chrom"].unique().tolist(), str(self.files.blacklist))
-        blocked["chrom"] = blocked["chrom"].map(names)
-        return blocked.dropna(subset=["chrom"])
+        return self.intervals(self.files.blacklist)
+
+    def intervals(self, path: str | os.PathLike) -> pd.DataFrame:
+        """Read a BED file, its chromosomes named as in the FASTA; others are left out."""
+        found = read_bed(path)
+        names = self._names(found["chrom"].unique().tolist(), str(path))
+        found["chrom"] = found["chrom"].map(names)
+        return found.dropna(subset=["chrom"]).reset_index(drop=True)
 
     def windows(
         self, *, width: int, tss_index: int | None, stranded: bool, profiles: bool = False

@@ -209,10 +209,14 @@ def _pair(how: str, left: pd.DataFrame, right: pd.DataFrame, same_strand: bool) 
     columns = ["Start", "End", "Start_b", "End_b", "row", "row_b"]
     if left.empty or right.empty:
         return pd.DataFrame({name: np.empty(0, np.int64) for name in columns})
-    method = getattr(_ranges(left, strand=same_strand), how)
-    pairs = method(
-        _ranges(right, strand=same_strand), strandedness="same" if same_strand else False
-    ).df
+    # Windows may begin before their chromosome, and pyranges misses intervals below 0.
+    shift = -min(left["start"].min(), right["start"].min(), 0)
+    moved = [
+        _ranges(one.assign(start=one["start"] + shift, end=one["end"] + shift), strand=same_strand)
+        for one in (left, right)
+    ]
+    method = getattr(moved[0], how)
+    pairs = method(moved[1], strandedness="same" if same_strand else False).df
     return pairs.reindex(columns=columns).astype(np.int64)
 
 

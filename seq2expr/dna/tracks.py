@@ -135,8 +135,8 @@ class Track:
         if bin_bp < 1:
             raise UserError(f"bin_bp is {bin_bp}; a bin has 1 or more bases.")
         # The header is checked against this genome every time: it costs a millisecond.
-        with _open(path) as handle:
-            names = _match_chromosomes(path, handle.chroms(), lengths, chrom_map)
+        with open_bigwig(path) as handle:
+            names = match_chromosomes(path, handle.chroms(), lengths, chrom_map)
         settings = {
             "lengths": list(lengths.items()),
             "names": names,
@@ -156,7 +156,7 @@ class Track:
         return cls(name, store)
 
 
-def _open(path: Path) -> pyBigWig.pyBigWig:
+def open_bigwig(path: Path) -> pyBigWig.pyBigWig:
     """Open a bigWig; a new handle each time, since handles do not survive a fork."""
     if not path.is_file():
         raise UserError(f"Cannot read {path}: no such file. Check the path of the track.")
@@ -185,7 +185,7 @@ def _broken(path: Path) -> UserError:
     )
 
 
-def _match_chromosomes(
+def match_chromosomes(
     path: Path,
     present: Mapping[str, int],
     lengths: Mapping[str, int],
@@ -214,7 +214,7 @@ def _build(
     """Write ``values.npy`` of a bigWig."""
     absent = [chrom for chrom in layout.lengths if chrom not in names]
     try:
-        with _open(path) as handle:
+        with open_bigwig(path) as handle:
             blocks = lambda what: _blocks(handle, names, layout, what)  # noqa: E731
             # Two passes over the file rather than the whole track in memory.
             largest = max(

@@ -21,12 +21,12 @@ from accelerate import PartialState
 from seq2expr.dna.features import FeatureScaler
 from seq2expr.dna.genes import read_gene_list, select_genes
 from seq2expr.dna.inputs import DnaFiles, DnaInputs
-from seq2expr.dna.windows import Windows
+from seq2expr.dna.windows import WindowArrays, Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import to_batch
 from seq2expr.learn.runs import find_run, load_run
 from seq2expr.learn.tables import check_out, write_table
-from seq2expr.model.batch import Prediction
+from seq2expr.model.batch import Batch, Prediction
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress
 from seq2expr.store import digest, file_digest, publish, write_text
@@ -109,6 +109,86 @@ def predict(
         When the request cannot be carried out; nothing is then written.
     """
     target = None if out is None else check_out(out, ENDINGS)
+    request = open_request(
+        run,
+        genome=genome,
+        gtf=gtf,
+        genes=genes,
+        tracks=tracks,
+        features=features,
+        tss=tss,
+        contacts=contacts,
+        blacklist=blacklist,
+        chrom_map=chrom_map,
+        batch_size=batch_size,
+        verify=verify,
+    )
+    predictor, table = request.predictor, request.genes
+    padded = int(predictor.windows.padded(predictor.windows.sites(table)).sum())
+    if target is None:
+        rows = pd.concat(predictor.tables(table), ignore_index=True)
+        return Predictions(rows, len(table), request.skipped, padded)
+    rows = _write(predictor, table, request.skipped, target, request.identity())
+    return Predictions(rows, len(table), request.skipped, padded)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run on opened inputs, and the genes that are asked for.
+
+    Parameters
+    ----------
+    run
+        Run directory or hub id.
+    files
+        The input files.
+    predictor
+        The loaded run on them.
+    genes
+        Gene table of what can be predicted.
+    skipped
+        ``name`` and ``reason`` of what cannot.
+    """
+
+    run: str | os.PathLike
+    files: DnaFiles
+    predictor: "Predictor"
+    genes: pd.DataFrame
+    skipped: pd.DataFrame
+
+    def identity(self) -> str:
+        """Identify the request by content, so that only the same one is resumed."""
+        place = find_run(self.run)
+        model = [path for name in ("config.json", "*.safetensors") for path in place.rglob(name)]
+        parts = [file_digest(path) for path in sorted(model)]
+        sources = self.files.sources()
+        parts += [f"{role}={file_digest(path)}" for role, path in sources.items()]
+        parts += [self.files.tss_rule, str(self.files.chrom_map), *self.genes["gene_id"]]
+        return digest("|".join(parts))
+
+
+def open_request(
+    run: str | os.PathLike,
+    *,
+    genome: str | os.PathLike,
+    gtf: str | os.PathLike,
+    genes: str | Sequence[str] = "all",
+    tracks: Mapping[str, str | os.PathLike] | None = None,
+    features: str | os.PathLike | None = None,
+    tss: str | os.PathLike | None = None,
+    contacts: str | os.PathLike | None = None,
+    blacklist: str | os.PathLike | None = None,
+    chrom_map: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    verify: bool = False,
+) -> Request:
+    """Load a run, open the files and find the genes (parameters as for :func:`predict`).
+
+    Raises
+    ------
+    UserError
+        When files, tracks or tables do not fit the run, or none of the genes can be predicted.
+    """
     model = load_run(run)
     files = DnaFiles(
         genome=Path(genome),
@@ -134,13 +214,7 @@ def predict(
         raise UserError(
             f"None of the genes can be predicted ({reasons}). Check ids and annotation."
         )
-    padded = int(predictor.windows.padded(predictor.windows.sites(selection.table)).sum())
-    if target is None:
-        table = pd.concat(predictor.tables(selection.table), ignore_index=True)
-        return Predictions(table, len(selection.table), skipped, padded)
-    request = _request(run, files, selection.table)
-    table = _write(predictor, selection.table, skipped, target, request)
-    return Predictions(table, len(selection.table), skipped, padded)
+    return Request(run, files, predictor, selection.table, skipped)
 
 
 @dataclass(frozen=True)
@@ -167,24 +241,30 @@ class Predictor:
     features: pd.DataFrame | None
     batch_size: int
 
+    def batch(self, genes: pd.DataFrame) -> Batch:
+        """Read the windows and features of some genes."""
+        return self._read(genes)[0]
+
+    def _read(
+        self, genes: pd.DataFrame, *, out: WindowArrays | None = None
+    ) -> tuple[Batch, WindowArrays]:
+        sites = self.windows.sites(genes)
+        arrays = self.windows.read(sites, out=out)
+        batch = to_batch(sites.gene_id, arrays, self.windows)
+        if self.features is not None:
+            values = self.features.loc[genes["gene_id"]].to_numpy(np.float32)
+            batch["features"] = torch.from_numpy(values)
+        return batch, arrays
+
     def predictions(self, genes: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, Prediction]]:
         """Yield a batch of genes and the model's answer on the CPU, in order."""
         device = next(self.model.parameters()).device
-        sites = self.windows.sites(genes)
-        features = None
-        if self.features is not None:
-            values = self.features.loc[genes["gene_id"]].to_numpy(np.float32)
-            features = torch.from_numpy(values)
         buffers = None
         for start in range(0, len(genes), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            part = sites.rows(rows)
-            full = len(part.tss) == self.batch_size
-            arrays = self.windows.read(part, out=buffers if full else None)
+            full = len(genes.iloc[rows]) == self.batch_size
+            batch, arrays = self._read(genes.iloc[rows], out=buffers if full else None)
             buffers = arrays if full else buffers
-            batch = to_batch(part.gene_id, arrays, self.windows)
-            if features is not None:
-                batch["features"] = features[rows]
             fields = {
                 name: value.to(device) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
@@ -268,16 +348,6 @@ def _explain(missing: pd.DataFrame, inputs: DnaInputs) -> pd.DataFrame:
         for name, reason in zip(missing["name"], missing["reason"], strict=True)
     ]
     return missing.assign(reason=reasons)
-
-
-def _request(run: str | os.PathLike, files: DnaFiles, genes: pd.DataFrame) -> str:
-    """Identify a prediction by content, so that only the same one is resumed."""
-    place = find_run(run)
-    model = [path for name in ("config.json", "*.safetensors") for path in place.rglob(name)]
-    parts = [file_digest(path) for path in sorted(model)]
-    parts += [f"{role}={file_digest(path)}" for role, path in files.sources().items()]
-    parts += [files.tss_rule, str(files.chrom_map), *genes["gene_id"]]
-    return digest("|".join(parts))
 
 
 def _write(

@@ -1,14 +1,33 @@
 """Interchangeable DNA backbones: [B, L, d_in] → [B, L / stride, D]."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
 from seq2expr.model.ssm import BiMambaStack
+
+
+class LocalStep(NamedTuple):
+    """A step of a backbone in which an output position sees only inputs near it.
+
+    Output i sees the inputs from ``i * stride - radius`` up to ``(i + 1) * stride + radius``
+    (exclusive); beyond the ends it sees zeros.
+
+    Attributes
+    ----------
+    run
+        Maps [B, P, D] to [B, P / stride, D'], given the index of its first output in the window.
+    stride, radius
+        As above, in input positions.
+    """
+
+    run: Callable[[Tensor, int], Tensor]
+    stride: int
+    radius: int
 
 
 class ConvBlock(nn.Module):
@@ -40,16 +59,18 @@ class ConvBlock(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.radius = dilation * (kernel // 2)
         self.depthwise = nn.Conv1d(
             d_model,
             d_model,
             kernel,
-            padding=dilation * (kernel // 2),
+            padding=self.radius,
             dilation=dilation,
             groups=d_model,
         )
         self.norm = nn.LayerNorm(d_model)
         self.up = nn.Linear(d_model, expand * d_model)
+        self.activation = nn.GELU()
         self.drop = nn.Dropout(dropout)
         self.down = nn.Linear(expand * d_model, d_model)
         self.gain = nn.Parameter(torch.full((d_model,), 0.1))
@@ -57,7 +78,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, P, D] to [B, P, D]."""
         local = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        hidden = nn.functional.gelu(self.up(self.norm(local)))
+        hidden = self.activation(self.up(self.norm(local)))
         return x + self.gain * self.down(self.drop(hidden))
 
 
@@ -83,11 +104,11 @@ class ConvStage(nn.Module):
         self.position: nn.Parameter | None = None
         self.blocks = residual_blocks(depth, d_model, **settings)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, P, D] to [B, P / stride, D]."""
+    def shorten(self, x: Tensor, first: int = 0) -> Tensor:
+        """Map [B, P, D] to [B, P / stride, D], of which ``first`` is the index of the first."""
         rows, length, width = x.shape
         x = self.merge(x.reshape(rows, length // self.stride, self.stride * width))
-        return self.blocks(x if self.position is None else x + self.position)
+        return x if self.position is None else x + self.position[first : first + x.shape[1]]
 
 
 def residual_blocks(depth: int, d_model: int, **settings: Any) -> nn.Sequential:
@@ -121,6 +142,9 @@ class MotifActivation(nn.Module):
 
 class ConvTower(nn.Module):
     """Strided convolution tower: a stem at base resolution, then shrinking stages.
+
+    It is a chain of :class:`LocalStep`, so what a changed base does not reach need not be
+    computed again (:mod:`seq2expr.interpret.incremental`).
 
     Parameters
     ----------
@@ -175,6 +199,7 @@ class ConvTower(nn.Module):
                 )
         self.d_model = d_model
         self.stride = math.prod(strides)
+        self.stem_stride = strides[0]
         step = 1 if stem_pool else strides[0]
         self.stem = nn.Conv1d(d_in, d_model, stem_kernel, stride=step, padding=stem_kernel // 2)
         if stem not in ("gelu", "exp"):
@@ -209,12 +234,26 @@ class ConvTower(nn.Module):
                 f"A window of {x.shape[1]} bp cannot be shortened {self.stride}-fold; "
                 "choose a width that is a multiple of the product of the strides."
             )
-        # No norm over channels behind the stem: it would undo a mask that scales the input.
-        x = self.pool(self.activation(self.stem(x.transpose(1, 2))))
-        x = self.first(x.transpose(1, 2))
+        for step in self.steps():
+            x = step.run(x, 0)
+        return x
+
+    def steps(self) -> list[LocalStep]:
+        """Return the steps of :meth:`forward`, in order."""
+        steps = [LocalStep(self._stem, self.stem_stride, self.stem.kernel_size[0] // 2)]
+        steps += [_block_step(block) for block in self.first]
         for stage in self.stages:
-            x = stage(x)
-        return self.norm(x)
+            steps.append(LocalStep(stage.shorten, stage.stride, 0))
+            steps += [_block_step(block) for block in stage.blocks]
+        return [*steps, LocalStep(lambda x, _: self.norm(x), 1, 0)]
+
+    def _stem(self, x: Tensor, _: int) -> Tensor:
+        # No norm over channels behind the stem: it would undo a mask that scales the input.
+        return self.pool(self.activation(self.stem(x.transpose(1, 2)))).transpose(1, 2)
+
+
+def _block_step(block: ConvBlock) -> LocalStep:
+    return LocalStep(lambda x, _: block(x), 1, block.radius)
 
 
 class BiMamba(nn.Module):

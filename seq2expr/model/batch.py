@@ -18,7 +18,8 @@ class Batch(ModelOutput):
     ids
         Row identifiers (gene ids), length B.
     codes
-        uint8 [B, L]: A0 C1 G2 T3 N4, transcribed orientation.
+        uint8 [B, L]: A0 C1 G2 T3 N4, transcribed orientation; or float [B, L, 4], one-hot or
+        relaxed, where a method of interpretation differentiates by the sequence.
     signal
         Stored track values [B, S, L/bin]; physical value = ``signal * signal_scale``.
     signal_scale
@@ -61,6 +62,8 @@ class Encoded:
         Embedding along the window [B, P, D], P dividing L, where the system has one.
     importance
         The system's own importance of every base [B, L], where it has one.
+    attention
+        Weight of every position in the pooling [B, P], mean over heads, where it has one.
     losses
         Named extra losses, already weighted.
     """
@@ -68,6 +71,7 @@ class Encoded:
     site: torch.Tensor
     positions: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -83,6 +87,8 @@ class Prediction(ModelOutput):
         Predicted targets [B, G], in the units of the targets.
     importance
         Importance of every base [B, L], where the system has one.
+    attention
+        Attention of the pooling [B, P], P dividing L, where the system has one.
     profile
         Predicted base-level targets [B, K, P]: ln(1 + sum over the bases of each position).
     losses
@@ -92,5 +98,6 @@ class Prediction(ModelOutput):
     loss: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
     profile: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None

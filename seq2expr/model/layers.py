@@ -43,7 +43,13 @@ class SignalNorm(nn.Module):
 
 
 def one_hot(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn codes [B, L] into one-hot [B, L, 4]; N is all zero."""
+    """Turn codes [B, L] into one-hot [B, L, 4]; N is all zero.
+
+    Bases that are already relaxed to [B, L, 4] pass through, so that whatever reads codes through
+    here can be differentiated by its sequence.
+    """
+    if codes.dim() == 3:
+        return codes.to(dtype)
     return (codes.unsqueeze(-1) == torch.arange(4, device=codes.device)).to(dtype)
 
 
@@ -74,6 +80,14 @@ def resample(values: Tensor, length: int) -> Tensor:
     )
 
 
+def moving_mean(values: Tensor, width: int) -> Tensor:
+    """Average [B, C, P] over the positions within half of ``width``; ends use those they have."""
+    if width < 2:
+        return values
+    reach = width // 2
+    return F.avg_pool1d(values, 2 * reach + 1, 1, reach, count_include_pad=False)
+
+
 class AttentionPool(nn.Module):
     """Weighted means over positions: softmax(w · x + bias of the position + ln mask).
 
@@ -97,11 +111,14 @@ class AttentionPool(nn.Module):
         distance = (torch.arange(positions) + 0.5 - center) / (positions / 4)
         self.bias = nn.Parameter((-(distance**2) / 2).unsqueeze(1).repeat(1, heads))
 
-    def forward(self, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool [B, P, D] to [B, heads · D]; a mask [B, P] in 0..1 scales the weights."""
+    def weights(self, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weigh positions [B, P, D] as [B, P, heads]; a mask [B, P] in 0..1 scales the weights."""
         scores = self.score(positions).float() + self.bias
         if mask is not None:
             scores = scores + mask.float().clamp_min(1e-4).log().unsqueeze(-1)
-        weights = scores.softmax(dim=1)
+        return scores.softmax(dim=1)
+
+    def forward(self, positions: Tensor, weights: Tensor) -> Tensor:
+        """Pool [B, P, D] to [B, heads · D] by such weights."""
         pooled = torch.einsum("bph,bpd->bhd", weights.to(positions.dtype), positions)
         return pooled.flatten(1)

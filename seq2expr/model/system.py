@@ -185,6 +185,7 @@ class System(PreTrainedModel):
             loss=sum(losses.values()) if batch.target is not None else None,
             mean=mean,
             importance=encoded.importance,
+            attention=encoded.attention,
             profile=profile,
             losses={name: loss.detach() for name, loss in losses.items()} or None,
         )
@@ -237,6 +238,7 @@ class Ensemble(nn.Module):
         return Prediction(
             mean=_mean([answer.mean for answer in answers]),
             importance=_mean([answer.importance for answer in answers]),
+            attention=_mean([answer.attention for answer in answers]),
             profile=_mean([answer.profile for answer in answers]),
         )
 

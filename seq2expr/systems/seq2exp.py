@@ -46,7 +46,14 @@ from seq2expr.model.beta import (
     straight_through,
     top_k,
 )
-from seq2expr.model.layers import AttentionPool, SignalNorm, one_hot, resample, spread_bins
+from seq2expr.model.layers import (
+    AttentionPool,
+    SignalNorm,
+    moving_mean,
+    one_hot,
+    resample,
+    spread_bins,
+)
 from seq2expr.model.system import System, SystemConfig
 
 PUBLISHED = {
@@ -88,6 +95,9 @@ class Seq2ExpConfig(SystemConfig):
     thresholds, weights
         Per track. Thresholds are in normalised units; by default mean + 1.28 sd over training
         windows (the upper tenth of a normal distribution), weights by default equal.
+    signal_smooth_bp
+        Width over which the signals are averaged before they enter the mask; 0 takes them as
+        they are. Sparse tracks (cut sites) say where a stretch is open, not which of its bases.
     prior_mean, prior_scale
         The marginal r(z) = Beta(k, k (1 - m) / m).
     kl_weight
@@ -116,6 +126,7 @@ class Seq2ExpConfig(SystemConfig):
     signal_scale: float | None = None
     thresholds: list[float] | None = None
     weights: list[float] | None = None
+    signal_smooth_bp: int = 0
     prior_mean: float | None = None
     prior_scale: float | None = None
     kl_weight: float = 0.01
@@ -246,7 +257,9 @@ class Seq2Exp(System):
         source = inputs if self.shared else sequence
         posterior = self._posterior(source, signal)
         mask, importance = self._mask(posterior, batch)
-        losses = {"kl": self.config.kl_weight * self._kl(posterior, batch)}
+        losses = {}
+        if batch.target is not None:
+            losses["kl"] = self.config.kl_weight * self._kl(posterior, batch)
         if self.config.pack:
             encoded = self._encode_packed(inputs, mask, batch)
         else:
@@ -261,7 +274,10 @@ class Seq2Exp(System):
         if signal is None:
             return posterior
         # Concentrations are positive: negative values of a track count as 0.
-        per_element = resample(signal.clamp_min(0).transpose(1, 2), logits.shape[1])
+        signal = moving_mean(
+            signal.clamp_min(0), self.config.signal_smooth_bp // self.config.bin_bp
+        )
+        per_element = resample(signal.transpose(1, 2), logits.shape[1])
         other = signal_beta(
             per_element.transpose(1, 2),
             self.thresholds,
@@ -288,7 +304,7 @@ class Seq2Exp(System):
         return torch.where(forced, torch.ones_like(mask), mask), importance
 
     def _fixed_mask(self, batch: Batch) -> Tensor:
-        mask = torch.zeros(batch.codes.shape, device=batch.codes.device)
+        mask = torch.zeros(batch.codes.shape[:2], device=batch.codes.device)
         mask[:, self.promoter] = 1
         return mask
 
@@ -298,7 +314,7 @@ class Seq2Exp(System):
         divergence = beta_kl(posterior, prior)
         if self.config.faithful:
             return divergence.mean()
-        free = torch.ones(batch.codes.shape, device=divergence.device)
+        free = torch.ones(batch.codes.shape[:2], device=divergence.device)
         if batch.keep is not None:
             free = free * batch.keep
         free[:, self.promoter] = 0
@@ -317,8 +333,10 @@ class Seq2Exp(System):
         positions = self.predictor(inputs)
         if mask is not None and not self.config.faithful:
             share = resample(mask.unsqueeze(-1), positions.shape[1]).squeeze(-1)
+        weights = None
         if self.attention is not None:
-            pooled = self.attention(positions, share)
+            weights = self.attention.weights(positions, share)
+            pooled = self.attention(positions, weights)
         elif self.config.pool == "mean":
             weighted = positions if share is None else positions * share.unsqueeze(-1)
             pooled = weighted.mean(1)
@@ -327,7 +345,11 @@ class Seq2Exp(System):
             promoter = self.promoter
             first, last = promoter.start // stride, -(-promoter.stop // stride)
             pooled = positions[:, first : max(last, first + 1)].mean(1)
-        return Encoded(site=_with_features(pooled, batch), positions=positions)
+        return Encoded(
+            site=_with_features(pooled, batch),
+            positions=positions,
+            attention=None if weights is None else weights.mean(-1),
+        )
 
     def _encode_packed(self, inputs: Tensor, mask: Tensor, batch: Batch) -> Encoded:
         """Run the predictor on the kept bases only, and pool its promoter."""

@@ -116,3 +116,10 @@ def test_nothing_in_common_gives_empty_tables():
     for table in (overlap(left, right), overlap(left[:0], right), nearest(left, right)):
         assert table.empty
         assert list(table)[:2] == ["left", "right"]
+
+
+def test_overlap_of_windows_that_begin_before_the_chromosome():
+    windows = pd.DataFrame({"chrom": ["I", "I"], "start": [-10, -30], "end": [20, 5]})
+    elements = pd.DataFrame({"chrom": ["I", "I"], "start": [15, 3], "end": [90, 4]})
+    found = overlap(windows, elements)
+    assert found.to_numpy().tolist() == [[0, 0, 5], [0, 1, 1], [1, 1, 1]]

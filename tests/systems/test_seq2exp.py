@@ -347,7 +347,8 @@ def test_pooling(pool, mask, faithful):
         # The promoter [58, 82) touches the positions 7 to 10.
         "promoter": positions[:, 7:11].mean(1),
         "mean": weighted.mean(1),
-        "attention": system.attention and system.attention(positions, share),
+        "attention": system.attention
+        and system.attention(positions, system.attention.weights(positions, share)),
     }
     torch.testing.assert_close(system.encode(batch).site, want[pool])
 

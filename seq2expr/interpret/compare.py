@@ -1,0 +1,502 @@
+"""How well per-base scores, and peaks at their own coverage, find bases that are known to matter.
+
+The unit is the window of a gene: bases of all windows are pooled, and whole windows are resampled.
+A base that lies in the windows of two genes counts once in each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+from scipy.stats import rankdata
+
+from seq2expr.errors import UserError
+from seq2expr.interpret.peaks import interval_mask, window_bp
+from seq2expr.learn.bootstrap import Bootstrap, resample
+from seq2expr.plot import GREY, PALETTE, SMALL, plain, style_axes
+
+_BINS = 1024
+
+
+def truth_labels(truth: pd.DataFrame, windows: pd.DataFrame, *, flank_bp: int = 0) -> np.ndarray:
+    """Mark the bases of windows that lie in true intervals, or close to one.
+
+    Parameters
+    ----------
+    truth
+        ``chrom start end``, in the names of the windows.
+    windows
+        One row per gene with ``chrom start end``, all of one width L.
+    flank_bp
+        Bases by which each interval is widened on both sides.
+
+    Returns
+    -------
+    bool [N, L], in genomic order.
+    """
+    start = (truth["start"] - flank_bp).clip(lower=0)
+    return interval_mask(truth.assign(start=start, end=truth["end"] + flank_bp), windows)
+
+
+def distance_scores(windows: pd.DataFrame) -> np.ndarray:
+    """Score each base by minus its distance to the TSS in bases: a control, float [N, L]."""
+    base = windows["start"].to_numpy()[:, None] + np.arange(window_bp(windows))
+    return -np.abs(base - windows["tss"].to_numpy()[:, None]).astype(np.float64)
+
+
+def random_scores(shape: tuple[int, int], *, seed: int) -> np.ndarray:
+    """Score each base at random: the control that knows nothing, float [N, L]."""
+    return np.random.default_rng(seed).random(shape)
+
+
+def ranked(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    *,
+    keep: np.ndarray | None = None,
+    coverage: Sequence[float] = (0.05, 0.1, 0.2),
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Judge scores by how high they rank the true bases of all windows.
+
+    Average precision is the sum over distinct scores, descending, of the recall gained times the
+    precision reached: bases of one score enter together, as in scikit-learn. Enrichment at a
+    coverage is the precision of that share of bases, the highest first, over the share of true
+    bases; where the share ends within bases of one score, it takes the same fraction of the true
+    and of the other ones (the expectation of breaking the tie at random).
+
+    Parameters
+    ----------
+    labels
+        True bases, bool [N, L].
+    scores
+        Scores by name, each finite [N, L]; higher means more likely true.
+    keep
+        Bases that count, bool [N, L] (for example those within the chromosome); by default all.
+    coverage
+        Shares of the kept bases, each above 0 and at most 1.
+    n_boot
+        Resamples of genes; 0 for no interval. All scores see the same.
+    seed
+        Seed of the resampling.
+
+    Returns
+    -------
+    One row per score: ``method``, ``average_precision`` with its 95 % interval ``low`` and
+    ``high``, ``prevalence`` (share of true bases), ``n_genes``, ``n_bases``, and for each coverage
+    (5 % in the example) ``enrichment_5``, ``enrichment_5_low`` and ``enrichment_5_high``. Values
+    are exact; intervals come from scores in 1024 bins and are NaN below 5 genes.
+
+    Raises
+    ------
+    UserError
+        When no kept base is true, or a coverage is out of range.
+    ValueError
+        When shapes differ or a score is not finite.
+    """
+    if wrong := [share for share in coverage if not 0 < share <= 1]:
+        raise UserError(f"A coverage of {wrong[0]} is no share; give values above 0, at most 1.")
+    truth = _Truth.of(labels, keep)
+    statistics = [_average_precision, *(_enrichment_at(share) for share in coverage)]
+    rows = []
+    for name, score in scores.items():
+        area, *rest = _estimate(statistics, [truth.rank(name, score)], n_boot=n_boot, seed=seed)
+        row = {"method": name, "average_precision": area.value}
+        row |= dict(zip(("low", "high"), area.interval(), strict=True))
+        row |= {"prevalence": truth.prevalence, "n_genes": truth.n_genes, "n_bases": truth.n_bases}
+        for share, found in zip(coverage, rest, strict=True):
+            key = f"enrichment_{100 * share:g}"
+            low, high = found.interval()
+            row |= {key: found.value, f"{key}_low": low, f"{key}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    *,
+    best: str,
+    keep: np.ndarray | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare the average precision of one score with that of every other, on the same genes.
+
+    Parameters
+    ----------
+    labels, scores, keep, n_boot, seed
+        As for :func:`ranked`.
+    best
+        Name of the score to compare.
+
+    Returns
+    -------
+    One row per other score: ``method`` (``best``), ``other``, ``difference`` (of the average
+    precision, ``best`` minus the other) with its 95 % interval ``low`` and ``high`` over genes,
+    ``verdict`` (of ``best``: better, worse, not different; "no interval" without one) and
+    ``n_genes``.
+
+    Raises
+    ------
+    UserError, ValueError
+        As for :func:`ranked`; also when ``best`` is not among the scores.
+    """
+    if best not in scores:
+        raise UserError(f"No score is called {best!r}; choose from {', '.join(scores)}.")
+    truth = _Truth.of(labels, keep)
+    ours = truth.rank(best, scores[best])
+    rows = []
+    for name in scores:
+        if name == best:
+            continue
+        theirs = truth.rank(name, scores[name])
+        (found,) = _estimate([_area_difference], [ours, theirs], n_boot=n_boot, seed=seed)
+        row = {"method": best, "other": name} | _difference_columns(found)
+        rows.append(row | {"n_genes": truth.n_genes})
+    columns = ["method", "other", "difference", "low", "high", "verdict", "n_genes"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def binary(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+    *,
+    keep: np.ndarray | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare peak sets, each at its own coverage, with scores cut to as many bases.
+
+    A score's cut that falls within bases of one score takes a fraction of them, as in
+    :func:`ranked`. In a resample of genes the score is cut anew, to the bases that the peaks
+    cover there.
+
+    Parameters
+    ----------
+    labels, scores, keep, n_boot, seed
+        As for :func:`ranked`.
+    masks
+        Bases in peaks by name of the peak set, bool [N, L].
+
+    Returns
+    -------
+    For each peak set one row for itself (``method`` is its name), then one per score: ``peaks``,
+    ``method``, ``n_called`` (bases), ``share`` (of the kept bases), ``precision``, ``recall``,
+    ``enrichment`` (precision over prevalence), and, for the scores, ``difference`` (precision
+    minus that of the peaks), ``low``, ``high`` and ``verdict`` (of the score); ``n_genes`` and
+    ``n_bases``. Precision and all that follows from it are NaN for peaks that cover no kept base.
+
+    Raises
+    ------
+    UserError, ValueError
+        As for :func:`ranked`.
+    """
+    truth = _Truth.of(labels, keep)
+    masks = {name: np.asarray(mask, bool) for name, mask in masks.items()}
+    own = {name: truth.rank(name, mask) for name, mask in masks.items()}
+    n_called = {name: int(mask[truth.keep].sum()) for name, mask in masks.items()}
+    rows = {name: [truth.cut(name, own[name], n_called[name])] for name in masks}
+    for method, score in scores.items():
+        ranking = truth.rank(method, score)
+        for name in masks:
+            row = truth.cut(method, ranking, n_called[name])
+            if n_called[name]:
+                pair = [ranking, own[name]]
+                (found,) = _estimate([_precision_difference], pair, n_boot=n_boot, seed=seed)
+                row |= _difference_columns(found)
+            rows[name].append(row)
+    columns = ["peaks", "method", "n_called", "share", "precision", "recall", "enrichment"]
+    columns += ["difference", "low", "high", "verdict", "n_genes", "n_bases"]
+    return pd.DataFrame(
+        [{"peaks": name} | row for name, table in rows.items() for row in table], columns=columns
+    )
+
+
+def agreement(
+    scores: Mapping[str, np.ndarray], *, keep: np.ndarray | None = None, top: float = 0.05
+) -> pd.DataFrame:
+    """Tell how far methods agree on the bases of a gene, as means over genes.
+
+    Parameters
+    ----------
+    scores
+        Scores by name, each [N, L].
+    keep
+        Bases that count, bool [N, L]; by default all.
+    top
+        Share of a gene's bases, the highest first, whose overlap is measured.
+
+    Returns
+    -------
+    One row per pair: ``method_a``, ``method_b``, ``spearman`` (rank correlation over the bases of
+    a gene), ``jaccard`` (of the top bases of a gene; bases tied at the cut belong to the top by
+    the same fraction each, and the index is sum of minima over sum of maxima) and ``n_genes``,
+    those in which neither score is constant.
+
+    Raises
+    ------
+    ValueError
+        When shapes differ.
+    """
+    shapes = {np.shape(score) for score in scores.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"scores must have one shape [N, L], not {sorted(shapes)}")
+    n_genes, length = shapes.pop()
+    kept = np.ones((n_genes, length), bool) if keep is None else keep
+    names = list(scores)
+    correlation = np.full((n_genes, len(names), len(names)), np.nan)
+    jaccard = correlation.copy()
+    for gene in np.flatnonzero(kept.sum(axis=1) > 1):
+        values = np.stack([np.asarray(score)[gene, kept[gene]] for score in scores.values()])
+        with np.errstate(invalid="ignore"):  # a constant score correlates with nothing
+            correlation[gene] = np.corrcoef(rankdata(values, axis=1))
+        jaccard[gene] = _jaccard(_top_members(values, top))
+    rows = []
+    for a, b in combinations(range(len(names)), 2):
+        defined = np.isfinite(correlation[:, a, b])
+        row = {"method_a": names[a], "method_b": names[b], "spearman": np.nan, "jaccard": np.nan}
+        if defined.any():
+            row["spearman"] = float(correlation[defined, a, b].mean())
+            row["jaccard"] = float(jaccard[defined, a, b].mean())
+        rows.append(row | {"n_genes": int(defined.sum())})
+    return pd.DataFrame(rows, columns=["method_a", "method_b", "spearman", "jaccard", "n_genes"])
+
+
+def coverage_curve(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    *,
+    keep: np.ndarray | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw the enrichment of true bases against the share of bases taken, for each score.
+
+    Parameters
+    ----------
+    labels, scores, keep
+        As for :func:`ranked`; shares are drawn from 0.1 % on.
+    ax
+        Where to draw; by default a new figure of 6.4 × 3.6 inches.
+    """
+    truth = _Truth.of(labels, keep)
+    share = np.geomspace(1e-3, 1, 200)
+    ax = ax or Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
+    for index, (name, score) in enumerate(scores.items()):
+        (enrichment,) = _enrichment_at(share)(truth.rank(name, score).exact)
+        ax.plot(
+            100 * share,
+            enrichment,
+            linewidth=1.5,
+            color=PALETTE[index % len(PALETTE)],
+            linestyle=("-", "--", "-.")[index // len(PALETTE) % 3],
+            label=plain(name),
+        )
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle="--", label="random bases")
+    style_axes(ax, "Coverage (% of bases, highest scores first)", "Enrichment of true bases")
+    ax.set(xscale="log", xlim=(0.1, 100), ylim=(0, None))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.legend(
+        title=f"n = {truth.n_genes:,} genes, {truth.n_bases:,} bases",
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.02),
+        frameon=False,
+        fontsize=SMALL,
+        title_fontsize=SMALL,
+        alignment="left",
+    )
+    return ax.figure
+
+
+class _Counts(NamedTuple):
+    """Bases by bins of falling score, of one or several sets of bases."""
+
+    found: np.ndarray  # [R, B] true ones
+    called: np.ndarray  # [R, B] all
+
+
+class _Ranking(NamedTuple):
+    """The bases in order of a score: all in one set, and each gene with coarser bins."""
+
+    exact: _Counts  # [1, distinct scores]
+    genes: _Counts  # [N, at most _BINS]
+
+    def weighted(self, weights: np.ndarray) -> _Counts:
+        """Pool the genes as often as the weights [R, N] say."""
+        return _Counts(weights @ self.genes.found, weights @ self.genes.called)
+
+
+_Statistic = Callable[..., np.ndarray]
+"""Of the :class:`_Counts` [R, B] of one or two rankings, giving values [R]."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Truth:
+    """The kept bases of all windows in one row each: which are true, and whose they are."""
+
+    keep: np.ndarray  # bool [N, L]
+    labels: np.ndarray  # bool [n_bases]
+    gene: np.ndarray  # int [n_bases], numbers without gaps
+
+    @classmethod
+    def of(cls, labels: np.ndarray, keep: np.ndarray | None) -> Self:
+        labels = np.asarray(labels, bool)
+        keep = np.ones_like(labels) if keep is None else np.asarray(keep, bool)
+        if labels.ndim != 2 or keep.shape != labels.shape:
+            raise ValueError(f"labels {labels.shape} and keep {keep.shape} must both be [N, L]")
+        if not labels[keep].any():
+            raise UserError(
+                f"None of the {keep.sum():,} bases of {len(labels):,} windows is labelled true; "
+                "give true intervals of these genes, in the chromosome names of the genome."
+            )
+        gene = np.cumsum(keep.any(axis=1)) - 1
+        return cls(keep, labels[keep], np.repeat(gene, keep.sum(axis=1)))
+
+    @property
+    def n_genes(self) -> int:
+        return int(self.gene[-1]) + 1
+
+    @property
+    def n_bases(self) -> int:
+        return self.labels.size
+
+    @property
+    def prevalence(self) -> float:
+        return float(self.labels.mean())
+
+    def rank(self, name: str, score: np.ndarray) -> _Ranking:
+        score = np.asarray(score)
+        if score.shape != self.keep.shape:
+            raise ValueError(f"{name} has shape {score.shape}, the labels {self.keep.shape}")
+        score = score[self.keep]
+        if not np.isfinite(score).all():
+            raise ValueError(f"{name} is not finite at {(~np.isfinite(score)).sum():,} bases")
+        distinct, level = np.unique(score, return_inverse=True)
+        block = len(distinct) - 1 - level  # 0 is the highest score
+        called = np.bincount(block)
+        found = np.bincount(block, weights=self.labels, minlength=len(distinct))
+        bins = np.arange(len(distinct))
+        if len(distinct) > _BINS:
+            # Fine at the top, where precision changes fast: the bin grows with the root of rank.
+            bins = (_BINS * np.sqrt((called.cumsum() - called) / self.n_bases)).astype(int)
+        n_bins = int(bins[-1]) + 1
+        cell = self.gene * n_bins + bins[block]
+        shape = self.n_genes, n_bins
+        by_gene = [
+            np.bincount(cell, weights=weights, minlength=n_bins * self.n_genes).reshape(shape)
+            for weights in (self.labels, None)
+        ]
+        exact = _Counts(found[None], called[None])
+        return _Ranking(exact, _Counts(by_gene[0], by_gene[1].astype(np.float64)))
+
+    def cut(self, method: str, ranking: _Ranking, n_called: int) -> dict:
+        """Describe the first bases of a ranking, as a row of :func:`binary`."""
+        hits = float(_hits_at(ranking.exact, np.array([n_called]))[0])
+        precision = hits / n_called if n_called else np.nan
+        return {
+            "method": method,
+            "n_called": n_called,
+            "share": n_called / self.n_bases,
+            "precision": precision,
+            "recall": hits / self.labels.sum() if n_called else np.nan,
+            "enrichment": precision / self.prevalence,
+            "n_genes": self.n_genes,
+            "n_bases": self.n_bases,
+        }
+
+
+def _estimate(
+    statistics: Sequence[_Statistic], rankings: Sequence[_Ranking], *, n_boot: int, seed: int
+) -> list[Bootstrap]:
+    """Give exact values of statistics, and binned ones of resamples of genes."""
+
+    def of_genes(weights: np.ndarray, statistic: _Statistic) -> np.ndarray:
+        return statistic(*(ranking.weighted(weights) for ranking in rankings))
+
+    found = resample(
+        [partial(of_genes, statistic=statistic) for statistic in statistics],
+        np.arange(len(rankings[0].genes.called)),
+        n_boot=n_boot,
+        seed=seed,
+    )
+    pooled = [ranking.exact for ranking in rankings]
+    estimates = []
+    for estimate, statistic in zip(found, statistics, strict=True):
+        value = float(statistic(*pooled)[0])
+        # Bins shift a statistic by up to 1e-3, all genes and resamples alike: shift back.
+        resamples = estimate.resamples + (value - estimate.value)
+        estimates.append(replace(estimate, value=value, resamples=resamples))
+    return estimates
+
+
+def _average_precision(counts: _Counts) -> np.ndarray:
+    hits = counts.found.cumsum(axis=1)
+    precision = hits / np.maximum(counts.called.cumsum(axis=1), 1)
+    positives = hits[:, -1]
+    area = (counts.found * precision).sum(axis=1) / np.maximum(positives, 1)
+    return np.where(positives > 0, area, np.nan)
+
+
+def _area_difference(ours: _Counts, theirs: _Counts) -> np.ndarray:
+    return _average_precision(ours) - _average_precision(theirs)
+
+
+def _enrichment_at(share: float | np.ndarray) -> _Statistic:
+    """Return the statistic at one coverage [R], or at several [R, K]."""
+
+    def enrichment(counts: _Counts) -> np.ndarray:
+        n_bases, positives = counts.called.sum(axis=1), counts.found.sum(axis=1)
+        hits = _hits_at(counts, np.multiply.outer(n_bases, share))
+        recall = (hits.T / np.where(positives > 0, positives, np.nan)).T
+        return recall / share
+
+    return enrichment
+
+
+def _precision_difference(score: _Counts, peaks: _Counts) -> np.ndarray:
+    """Precision of a score minus that of peaks, which are the first bin of their ranking."""
+    n_called = peaks.called[:, 0]
+    hits = _hits_at(score, n_called) - peaks.found[:, 0]
+    return hits / np.where(n_called > 0, n_called, np.nan)
+
+
+def _hits_at(counts: _Counts, n_called: np.ndarray) -> np.ndarray:
+    """True bases among the first n_called [R, ...]; a cut within a bin takes a part of it."""
+    called = np.pad(counts.called.cumsum(axis=1), ((0, 0), (1, 0)))
+    found = np.pad(counts.found.cumsum(axis=1), ((0, 0), (1, 0)))
+    return np.stack([np.interp(*row) for row in zip(n_called, called, found, strict=True)])
+
+
+def _difference_columns(found: Bootstrap) -> dict:
+    low, high = found.interval()
+    verdict = "no interval" if np.isnan(low) else "not different"
+    if low > 0:
+        verdict = "better"
+    elif high < 0:
+        verdict = "worse"
+    return {"difference": found.value, "low": low, "high": high, "verdict": verdict}
+
+
+def _top_members(values: np.ndarray, top: float) -> np.ndarray:
+    """Membership [M, L] of each base in the highest share of its row; ties share what is left."""
+    n_top = max(round(top * values.shape[1]), 1)
+    cut = np.partition(values, -n_top, axis=1)[:, [-n_top]]
+    above, tied = values > cut, values == cut
+    left = n_top - above.sum(axis=1, keepdims=True)
+    return above + tied * (left / tied.sum(axis=1, keepdims=True))
+
+
+def _jaccard(members: np.ndarray) -> np.ndarray:
+    """Sum of minima over sum of maxima of memberships, for each pair of rows."""
+    size = members.sum(axis=1)
+    both = np.minimum(members[:, None], members[None]).sum(axis=2)
+    return both / (size[:, None] + size[None] - both)

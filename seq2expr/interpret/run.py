@@ -1,0 +1,304 @@
+"""Interpret a run: raw files and genes in; scores, regions, effects, motifs and a report out."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from seq2expr.config import parse_settings
+from seq2expr.dna.variants import Edits, read_deletions, read_insertions, read_vcf
+from seq2expr.errors import UserError
+from seq2expr.interpret import tables
+from seq2expr.interpret.attribution import Attribution
+from seq2expr.interpret.calibrate import Calibration, calibrate, call, training_genes
+from seq2expr.interpret.enrichment import Enrichment, enrich
+from seq2expr.interpret.explain import Explainer
+from seq2expr.interpret.methods import BY_BASE, check_methods
+from seq2expr.interpret.motifs import Motif, read_motifs
+from seq2expr.interpret.perturb import perturb
+from seq2expr.interpret.regions import merge_genome_wide
+from seq2expr.interpret.rivals import Comparison, compare
+from seq2expr.interpret.scored import Settings
+from seq2expr.interpret.seqlets import annotate, find_seqlets
+from seq2expr.learn.predict import Request, open_request
+from seq2expr.learn.runs import find_run, run_config
+from seq2expr.progress import progress
+from seq2expr.store import publish, write_text
+
+
+@dataclass
+class Interpretation:
+    """What :func:`interpret` found; the files in ``out`` say the same.
+
+    Parameters
+    ----------
+    out
+        The folder.
+    genes, windows
+        Gene table and windows, one row per gene.
+    skipped
+        ``name`` and ``reason`` of what was asked for and could not be done.
+    explainer
+        The run on its inputs.
+    scores
+        Scores per base by method [N, L], genomic order.
+    checks
+        Convergence or stability of each gene and method.
+    calibrations
+        Thresholds and null by method.
+    regions
+        Called regions of all methods.
+    effects
+        Effects of edits by kind (``variants``, ``deletions``, ``insertions``).
+    comparison
+        Against peaks, controls and truth.
+    motifs
+        Enrichment of motifs in the regions of the first method.
+    seqlets
+        Stretches of bases that matter together, with the motif that they resemble.
+    """
+
+    out: Path
+    genes: pd.DataFrame
+    windows: pd.DataFrame
+    skipped: pd.DataFrame
+    explainer: Explainer
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    checks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+    regions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    effects: dict[str, pd.DataFrame] = field(default_factory=dict)
+    comparison: Comparison | None = None
+    motifs: Enrichment | None = None
+    seqlets: pd.DataFrame | None = None
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.out / "report.html"
+
+    def element_scores(self, method: str) -> np.ndarray:
+        """Scores of a method as those of elements [N, L]."""
+        keep = self.explainer.keep(self.windows)
+        return self.explainer.element_scores(method, self.scores[method], keep)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Everything that is read, and refused, before anything is computed."""
+
+    methods: list[str]
+    edits: dict[str, Edits]
+    motifs: list[Motif]
+    truth: pd.DataFrame | None
+    peaks: list[Path]
+    fragments: Path | None
+
+
+def interpret(
+    run: str | os.PathLike,
+    *,
+    genome: str | os.PathLike,
+    gtf: str | os.PathLike,
+    out: str | os.PathLike,
+    genes: str | Sequence[str] = "all",
+    methods: Sequence[str] = ("mask",),
+    target: str | None = None,
+    tracks: Mapping[str, str | os.PathLike] | None = None,
+    delete: str | os.PathLike | None = None,
+    insert: str | os.PathLike | None = None,
+    variants: str | os.PathLike | None = None,
+    motifs: Sequence[str | os.PathLike] = (),
+    peaks: Sequence[str | os.PathLike] = (),
+    fragments: str | os.PathLike | None = None,
+    truth: str | os.PathLike | None = None,
+    bases: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    chrom_map: str | os.PathLike | None = None,
+    **inputs: object,
+) -> Interpretation:
+    """Say which stretches of DNA drive genes, how sure that is, and what they are.
+
+    Parameters
+    ----------
+    run, genome, gtf, genes, tracks, chrom_map, **inputs
+        As for :func:`seq2expr.learn.predict.predict`.
+    out
+        Folder for the results.
+    methods
+        Names of :data:`seq2expr.interpret.methods.METHODS`; the first is the one whose regions
+        are scanned for motifs. None where only edits are asked for.
+    target
+        The target that is explained, by default the first.
+    delete, insert, variants
+        BED of intervals to delete, table of sequences to insert, VCF (see
+        :mod:`seq2expr.dna.variants`); each edit is applied alone.
+    motifs
+        Motif files (MEME, TRANSFAC, JASPAR).
+    peaks
+        Peaks (BED, narrowPeak) or scores (bigWig, bedGraph) to compare with.
+    fragments
+        Fragments of the assay (BED, BEDPE, BAM), on which MACS3 is run.
+    truth
+        BED of true elements, against which methods, peaks and controls are scored.
+    bases
+        BED of the bases to which single-base changes are limited.
+    overrides
+        ``NAME=VALUE`` for :class:`seq2expr.interpret.scored.Settings`.
+
+    Raises
+    ------
+    UserError
+        When the request cannot be carried out; nothing is then written.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder.")
+    settings = parse_settings(Settings, overrides)
+    request = open_request(
+        run, genome=genome, gtf=gtf, genes=genes, tracks=tracks, chrom_map=chrom_map, **inputs
+    )
+    predictor = request.predictor
+    explainer = Explainer(
+        predictor,
+        target or predictor.model.config.targets[0],
+        settings,
+        None if bases is None else predictor.inputs.intervals(bases),
+    )
+    check_methods(list(methods), explainer.probe(request.genes.iloc[[0]]))
+    asked = _Asked(
+        methods=list(dict.fromkeys(methods)),
+        edits=dict(_read_edits(request, delete=delete, insert=insert, variants=variants)),
+        motifs=[motif for path in motifs for motif in read_motifs(path)],
+        truth=None if truth is None else predictor.inputs.intervals(truth),
+        peaks=[Path(path) for path in peaks],
+        fragments=None if fragments is None else Path(fragments),
+    )
+    return _run(request, explainer, asked, out)
+
+
+def _run(request: Request, explainer: Explainer, asked: _Asked, out: Path) -> Interpretation:
+    from seq2expr.interpret.page import write_report
+
+    genes = request.genes
+    result = Interpretation(out, genes, explainer.windows(genes), request.skipped, explainer)
+    out.mkdir(parents=True, exist_ok=True)
+    if asked.methods:
+        _score(result, asked.methods)
+        training = training_genes(explainer, request.run, genes)
+        for method in asked.methods:
+            result.calibrations[method] = calibrate(explainer, method, training)
+        _call(result)
+        if asked.motifs:
+            _name(result, asked.motifs)
+        if asked.peaks or asked.fragments or asked.truth is not None:
+            result.comparison = compare(
+                explainer,
+                genes,
+                {method: result.element_scores(method) for method in asked.methods},
+                peaks=asked.peaks,
+                fragments=asked.fragments,
+                truth=asked.truth,
+                out=out,
+            )
+    both = run_config(find_run(request.run)).train.reverse_complement > 0
+    skipped = [result.skipped]
+    for kind, edits in asked.edits.items():
+        found = perturb(explainer.predictor, genes, edits.table, both_strands=both)
+        result.effects[kind] = found.table
+        skipped += [_reasons(edits.skipped), _reasons(found.skipped)]
+        _write(out / f"{kind}.tsv", found.table)
+    result.skipped = pd.concat(skipped, ignore_index=True)
+    _write_skipped(result)
+    write_report(result)
+    return result
+
+
+def _read_edits(
+    request: Request, **paths: str | os.PathLike | None
+) -> Iterator[tuple[str, Edits]]:
+    genome, chrom_map = request.predictor.inputs.genome, request.predictor.inputs.chrom_map
+    readers = {
+        "delete": ("deletions", read_deletions),
+        "insert": ("insertions", read_insertions),
+        "variants": ("variants", read_vcf),
+    }
+    for name, path in paths.items():
+        if path is not None:
+            kind, read = readers[name]
+            yield kind, read(path, genome, chrom_map=chrom_map)
+
+
+def _score(result: Interpretation, methods: list[str]) -> None:
+    """Attribute every gene by every method, writing as they come."""
+    checks = []
+
+    def attributions() -> Iterator[Attribution]:
+        width = result.explainer.predictor.windows.width
+        for method in methods:
+            scores = np.empty((len(result.genes), width), np.float32)
+            found = result.explainer.attributions(result.genes, method)
+            shown = progress(found, what=method, total=len(scores), unit="genes")
+            for row, one in enumerate(shown):
+                scores[row] = one.per_base
+                checks.append((one.gene_id, method, one.check_name, one.check, one.flagged))
+                yield one
+            result.scores[method] = scores
+
+    tables.write_scores(result.out / "scores.parquet", attributions())
+    columns = ["gene_id", "method", "figure", "value", "flagged"]
+    result.checks = pd.DataFrame(checks, columns=columns)
+    _write(result.out / "checks.tsv", result.checks)
+
+
+def _call(result: Interpretation) -> None:
+    """Call regions of every method and write them."""
+    out, windows, lengths = result.out, result.windows, result.explainer.lengths
+    found = []
+    for method, calibration in result.calibrations.items():
+        scores = result.element_scores(method)
+        regions = call(result.explainer, calibration, windows, scores)
+        tables.write_bed(regions, out / f"{method}.bed")
+        tables.write_narrowpeak(regions, out / f"{method}.narrowPeak")
+        tables.write_bed(merge_genome_wide(regions), out / f"{method}.merged.bed")
+        tables.write_bigwig(out / f"{method}.bw", lengths, windows, result.scores[method])
+        found.append(regions)
+    result.regions = pd.concat(found, ignore_index=True)
+    publish(out / "regions.parquet", result.regions.to_parquet)
+
+
+def _name(result: Interpretation, motifs: list[Motif]) -> None:
+    """Scan the regions of the first method for motifs, and the seqlets of single-base scores."""
+    genome = result.explainer.predictor.inputs.genome
+    method = next(iter(result.scores))
+    regions = result.regions[result.regions["method"] == method].reset_index(drop=True)
+    if len(regions):
+        result.motifs = enrich(regions, result.windows, genome, motifs)
+        _write(result.out / "motif_hits.tsv", result.motifs.hits)
+        _write(result.out / "motif_enrichment.tsv", result.motifs.table)
+    by_base = [name for name in BY_BASE if name in result.scores]
+    if by_base:
+        seqlets = find_seqlets(result.scores[by_base[0]], result.windows)
+        result.seqlets = annotate(seqlets, genome, motifs) if len(seqlets) else seqlets
+        _write(result.out / "seqlets.tsv", result.seqlets)
+
+
+def _reasons(skipped: pd.DataFrame) -> pd.DataFrame:
+    """Join name and position of edits, as one name."""
+    name = skipped["name"].astype(str) + " at " + skipped["position"].astype(str)
+    return pd.DataFrame({"name": name, "reason": skipped["reason"]})
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    publish(path, lambda place: table.to_csv(place, sep="\t", index=False))
+
+
+def _write_skipped(result: Interpretation) -> None:
+    place = result.out.with_name(result.out.name + ".skipped.tsv")
+    if len(result.skipped):
+        write_text(place, result.skipped.to_csv(sep="\t", index=False))
+    else:
+        place.unlink(missing_ok=True)
