@@ -33,6 +33,31 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=5."),
 ]
 
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory or hub id.")]
+Genome = Annotated[Path, typer.Option("--genome", help="FASTA, plain or gzip.")]
+Gtf = Annotated[Path, typer.Option("--gtf", help="Annotation (GTF), plain or gzip.")]
+Genes = Annotated[
+    str, typer.Option("--genes", help="all, a comma list, or a file of ids or names.")
+]
+Tracks = Annotated[
+    list[str] | None, typer.Option("--track", metavar="NAME=BIGWIG", help="One input track.")
+]
+Features = Annotated[Path | None, typer.Option("--features", help="TSV of further gene features.")]
+Tss = Annotated[
+    Path | None, typer.Option("--tss", help="TSV of TSS positions (gene_id, tss; 0-based).")
+]
+Contacts = Annotated[
+    Path | None,
+    typer.Option("--contacts", help="TSV of contact vectors (gene_id, start, end, value)."),
+]
+Blacklist = Annotated[
+    Path | None, typer.Option("--blacklist", help="BED of bases that are masked.")
+]
+ChromMap = Annotated[
+    str | None, typer.Option("--chrom-map", help="auto, or a TSV of chromosome names.")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Hash all inputs again.")]
+
 
 @app.command()
 def demo(out: Out = Path("demo")) -> None:
@@ -66,28 +91,18 @@ def train(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or hub id.")],
-    genome: Annotated[Path, typer.Option(help="FASTA, plain or gzip.")],
-    gtf: Annotated[Path, typer.Option(help="Annotation (GTF), plain or gzip.")],
+    run: Run,
+    genome: Genome,
+    gtf: Gtf,
     out: Out,
-    genes: Annotated[
-        str, typer.Option(help="all, a comma list, or a file of ids or names.")
-    ] = "all",
-    track: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=BIGWIG", help="One input track.")
-    ] = None,
-    features: Annotated[Path | None, typer.Option(help="TSV of further gene features.")] = None,
-    tss: Annotated[
-        Path | None, typer.Option(help="TSV of TSS positions (gene_id, tss; 0-based).")
-    ] = None,
-    contacts: Annotated[
-        Path | None, typer.Option(help="TSV of contact vectors (gene_id, start, end, value).")
-    ] = None,
-    blacklist: Annotated[Path | None, typer.Option(help="BED of bases that are masked.")] = None,
-    chrom_map: Annotated[
-        str | None, typer.Option(help="auto, or a TSV of chromosome names.")
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash all inputs again.")] = False,
+    genes: Genes = "all",
+    track: Tracks = None,
+    features: Features = None,
+    tss: Tss = None,
+    contacts: Contacts = None,
+    blacklist: Blacklist = None,
+    chrom_map: ChromMap = None,
+    verify: Verify = False,
 ) -> None:
     """Predict expression of genes."""
     from seq2expr.learn.predict import predict
@@ -101,9 +116,63 @@ def predict(
         f"Predicted {result.n:,} genes into {out} "
         f"({result.padded:,} windows pass a chromosome end)."
     )
-    if len(result.skipped):
-        _say(f"{len(result.skipped):,} could not be predicted; reasons are in {out}.skipped.tsv.")
-        raise typer.Exit(SOME_SKIPPED)
+    _say_skipped(len(result.skipped), out)
+
+
+@app.command()
+def interpret(
+    run: Run,
+    genome: Genome,
+    gtf: Gtf,
+    out: Out,
+    genes: Genes = "all",
+    track: Tracks = None,
+    features: Features = None,
+    tss: Tss = None,
+    contacts: Contacts = None,
+    blacklist: Blacklist = None,
+    chrom_map: ChromMap = None,
+    verify: Verify = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Comma list of mask, inputxgrad, ig, ism, block, deeplift, occlusion, attention; "
+            "or none."
+        ),
+    ] = "mask",
+    target: Annotated[str | None, typer.Option(help="Target to explain; the first.")] = None,
+    delete: Annotated[Path | None, typer.Option(help="BED of stretches to delete.")] = None,
+    insert: Annotated[
+        Path | None, typer.Option(help="TSV of sequences to insert (chrom, position, sequence).")
+    ] = None,
+    variants: Annotated[Path | None, typer.Option(help="VCF of variants to score.")] = None,
+    motifs: Annotated[
+        list[Path] | None, typer.Option(help="Motif file: MEME, TRANSFAC or JASPAR.")
+    ] = None,
+    peaks: Annotated[
+        list[Path] | None, typer.Option(help="Peaks (BED) or scores (bigWig) to compare with.")
+    ] = None,
+    fragments: Annotated[
+        Path | None, typer.Option(help="Fragments (BED, BEDPE, BAM) to run MACS3 on.")
+    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="BED of true elements to score by.")] = None,
+    bases: Annotated[Path | None, typer.Option(help="BED of bases that ism changes.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say which stretches of DNA drive genes, how sure that is, and what they are."""
+    from seq2expr.interpret.run import interpret
+
+    result = interpret(
+        run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
+        features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
+        methods=[] if method == "none" else method.split(","), target=target, delete=delete,
+        insert=insert, variants=variants, motifs=motifs or (), peaks=peaks or (),
+        fragments=fragments, truth=truth, bases=bases, overrides=overrides or (), out=out,
+        verify=verify,
+    )  # fmt: skip
+    _say(result.summary)
+    _say(f"Look at {result.report}.")
+    _say_skipped(len(result.skipped), out)
 
 
 @app.command()
@@ -172,6 +241,13 @@ def _fail(error: Exception, message: str, *, code: int, debug: bool) -> None:
 def _say(text: str) -> None:
     if is_main_process():
         typer.echo(text)
+
+
+def _say_skipped(count: int, out: Path) -> None:
+    """Point to what could not be done, and end with the exit code that says so."""
+    if count:
+        _say(f"{count:,} could not be done; the reasons are in {out}.skipped.tsv.")
+        raise typer.Exit(SOME_SKIPPED)
 
 
 def _pairs(texts: list[str] | None, flag: str) -> dict[str, str]:

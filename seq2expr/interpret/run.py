@@ -80,6 +80,31 @@ class Interpretation:
         """The page to look at."""
         return self.out / "report.html"
 
+    @property
+    def summary(self) -> str:
+        """What the command line prints."""
+        lines = [f"Interpreted {len(self.genes):,} genes into {self.out}."]
+        for method in self.scores:
+            found = self.regions[self.regions["method"] == method]
+            flagged = int(self.checks.loc[self.checks["method"] == method, "flagged"].sum())
+            sure = int((found["q_value"] < 0.1).sum())
+            lines.append(
+                f"  {method}: {len(found):,} regions, {sure:,} with q < 0.1; "
+                f"{flagged:,} genes flagged"
+            )
+        for kind, table in self.effects.items():
+            lines.append(
+                f"  {kind}: {table['variant_id'].nunique():,} in the windows of "
+                f"{table['gene_id'].nunique():,} genes"
+            )
+        if self.comparison is not None and len(self.comparison.ranked):
+            lines.append("Bases of true elements found (average precision):")
+            best = self.comparison.ranked.sort_values("average_precision", ascending=False)
+            lines += [
+                f"  {row.method:<24} {row.average_precision:7.3f}" for row in best.itertuples()
+            ]
+        return "\n".join(lines)
+
     def element_scores(self, method: str) -> np.ndarray:
         """Scores of a method as those of elements [N, L]."""
         keep = self.explainer.keep(self.windows)

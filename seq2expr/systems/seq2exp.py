@@ -102,6 +102,10 @@ class Seq2ExpConfig(SystemConfig):
         The marginal r(z) = Beta(k, k (1 - m) / m).
     kl_weight
         Weight w of the KL divergence.
+    signal_kl_weight
+        Weight of KL(sequence Beta ‖ signal Beta): the generator learns what open DNA looks like,
+        on every base of the training windows (the published code has it as an ablation in which
+        the sequence Beta alone is the mask; that the product of both gains by it is ours).
     exact_product
         Multiply densities exactly (Beta(a1 + a2 - 1, b1 + b2 - 1)).
     top_k
@@ -130,6 +134,7 @@ class Seq2ExpConfig(SystemConfig):
     prior_mean: float | None = None
     prior_scale: float | None = None
     kl_weight: float = 0.01
+    signal_kl_weight: float = 0.0
     exact_product: bool = False
     top_k: float | None = None
     pack: bool = False
@@ -255,24 +260,30 @@ class Seq2Exp(System):
         if self.shared:
             inputs = inputs + self.positional
         source = inputs if self.shared else sequence
-        posterior = self._posterior(source, signal)
+        betas = self._betas(source, signal)
+        posterior = betas[0]
+        if len(betas) > 1:
+            posterior = combine(*betas, exact=self.config.exact_product)
         mask, importance = self._mask(posterior, batch)
         losses = {}
         if batch.target is not None:
-            losses["kl"] = self.config.kl_weight * self._kl(posterior, batch)
+            losses = self._divergences(posterior, betas, batch)
         if self.config.pack:
             encoded = self._encode_packed(inputs, mask, batch)
         else:
             encoded = self._encode_masked(inputs, mask, batch)
         return dataclasses.replace(encoded, importance=importance, losses=losses)
 
-    def _posterior(self, source: Tensor, signal: Tensor | None) -> BetaParameters:
-        """Beta of every mask element [B, P]; P is L over the stride of the generator."""
+    def _betas(self, source: Tensor, signal: Tensor | None) -> list[BetaParameters]:
+        """Betas by the sequence and, where there are tracks, by the signals, both [B, P].
+
+        P is L over the stride of the generator.
+        """
         generator = self.predictor if self.shared else self.generator
         logits = self.to_logits(generator(source))
-        posterior = sequence_beta(logits, floor=self.config.floor)
+        sequence = sequence_beta(logits, floor=self.config.floor)
         if signal is None:
-            return posterior
+            return [sequence]
         # Concentrations are positive: negative values of a track count as 0.
         signal = moving_mean(
             signal.clamp_min(0), self.config.signal_smooth_bp // self.config.bin_bp
@@ -285,7 +296,7 @@ class Seq2Exp(System):
             floor=self.config.floor,
             scale=self.config.signal_scale,
         )
-        return combine(posterior, other, exact=self.config.exact_product)
+        return [sequence, other]
 
     def _mask(self, posterior: BetaParameters, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mask and the importance, both [B, L]."""
@@ -308,10 +319,20 @@ class Seq2Exp(System):
         mask[:, self.promoter] = 1
         return mask
 
-    def _kl(self, posterior: BetaParameters, batch: Batch) -> Tensor:
-        """Mean KL over the elements whose mask is free."""
-        prior = marginal(self.config.prior_mean, self.config.prior_scale)
-        divergence = beta_kl(posterior, prior)
+    def _divergences(
+        self, posterior: BetaParameters, betas: list[BetaParameters], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Weighted mean KL to the marginal, and of the sequence Beta to that of the signals."""
+        config = self.config
+        prior = marginal(config.prior_mean, config.prior_scale)
+        losses = {"kl": config.kl_weight * self._mean_free(beta_kl(posterior, prior), batch)}
+        if config.signal_kl_weight and len(betas) > 1:
+            divergence = beta_kl(betas[0], betas[1])
+            losses["signal_kl"] = config.signal_kl_weight * self._mean_free(divergence, batch)
+        return losses
+
+    def _mean_free(self, divergence: Tensor, batch: Batch) -> Tensor:
+        """Mean over the elements whose mask is free."""
         if self.config.faithful:
             return divergence.mean()
         free = torch.ones(batch.codes.shape[:2], device=divergence.device)

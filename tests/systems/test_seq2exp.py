@@ -119,7 +119,8 @@ def test_importance_is_the_mean_per_base_before_forcing(mask):
     keep[1, 100:130] = False
     got = system(**changed(batch, keep=keep)).importance
     signal = system.normalise(batch.signal, batch.signal_scale)
-    mean = system._posterior(system.embed_sequence(one_hot(batch.codes)), signal).mean
+    betas = system._betas(system.embed_sequence(one_hot(batch.codes)), signal)
+    mean = combine(*betas).mean
     want = mean.repeat_interleave(system.generator.stride, dim=1) * keep
     assert got.shape == (4, WIDTH)
     torch.testing.assert_close(got, want)
