@@ -19,6 +19,7 @@ _PUBLIC = {
     "demo": "seq2expr.showcase",
     "evaluate": "seq2expr.learn.evaluate",
     "gene_table": "seq2expr.dna.genes",
+    "interpret": "seq2expr.interpret",
     "load_run": "seq2expr.learn.runs",
     "predict": "seq2expr.learn.predict",
     "read_gtf": "seq2expr.dna.genes",

@@ -1,40 +1,40 @@
-"""The whole main job on a simulated genome: train, predict a gene list, check it, report."""
+"""The whole job on a simulated genome: train, predict, explain, compare with the truth, report."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seq2expr.interpret.regions import Thresholds, call_all, on_chromosome
-from seq2expr.interpret.tables import bed_rows
+from seq2expr.dna.intervals import overlap
+from seq2expr.interpret.calibrate import calibrate, call, stack, training_genes
+from seq2expr.interpret.explain import Explainer
+from seq2expr.interpret.rivals import Comparison, compare
+from seq2expr.interpret.run import Interpretation, interpret
+from seq2expr.interpret.scored import Settings
+from seq2expr.interpret.tables import write_bed
 from seq2expr.learn.dataset import data_files
 from seq2expr.learn.evaluate import MODEL, Evaluation, evaluate
 from seq2expr.learn.metrics import average_precision
-from seq2expr.learn.predict import Predictor, open_predictor, predict
+from seq2expr.learn.predict import open_predictor, predict
 from seq2expr.learn.runs import load_run, run_config, training_history
 from seq2expr.learn.train import train
 from seq2expr.locus import locus
 from seq2expr.plot import controls_bars, precision_recall, save, scatter_predicted, training_curve
 from seq2expr.report import Report
-from seq2expr.simulate import (
-    KINDS,
-    SimulationSettings,
-    element_labels,
-    read_elements,
-    simulate,
-)
+from seq2expr.simulate import KINDS, SimulationSettings, read_elements, simulate
 from seq2expr.store import publish, write_text
 
 CONFIG = "demo"
 """Installed configuration of the demo's model."""
 
-THRESHOLD = 0.5
-"""A base belongs to a region where the mean of its mask is at least this."""
+METHODS = ("mask", "ism", "ig")
+"""Methods that are compared on some of the test genes; the mask is scored on all of them."""
+
+_EXPLAIN = ("calibration_genes=4", "ig_steps=20", "n_shuffles=4")  # so that it takes a minute
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,26 @@ class DemoResult:
         The folder.
     evaluation
         Scores on the test chromosomes, with controls.
-    found
-        Average precision with which each score finds the bases of active elements.
+    elements
+        The planted elements of the test genes.
+    regions
+        Regions of the mask in the windows of these genes.
+    comparison
+        The mask and its controls against the active elements, in all these windows.
+    explained
+        The same for all `METHODS`, in some of the windows.
+    decoys
+        Elements by kind as the mask ranks them in all windows, and each method in some: see
+        :func:`rank_kinds`; ``genes`` is the number of windows.
     """
 
     out: Path
     evaluation: Evaluation
-    found: pd.DataFrame
+    elements: pd.DataFrame
+    regions: pd.DataFrame
+    comparison: Comparison
+    explained: Interpretation
+    decoys: pd.DataFrame
 
     @property
     def expression(self) -> Path:
@@ -66,38 +79,24 @@ class DemoResult:
         return self.out / "report.html"
 
     @property
+    def found(self) -> pd.DataFrame:
+        """Average precision with which each score finds the bases of active elements.
+
+        See :func:`seq2expr.interpret.compare.ranked`.
+        """
+        return _sorted(self.comparison)
+
+    @property
     def summary(self) -> str:
         """What the command line prints."""
-        lines = [self.evaluation.summary(), "Bases of active elements found (average precision):"]
-        lines += [
-            f"  {row.name:<24} {row.average_precision:7.3f}"
-            for row in self.found.itertuples(False)
-        ]
+        lines = [self.evaluation.summary()]
+        for found in (self.found, _sorted(self.explained.comparison)):
+            n = found["n_genes"].max()
+            lines.append(f"Bases of active elements found (average precision, {n:,} genes):")
+            lines += [
+                f"  {row.method:<24} {row.average_precision:7.3f}" for row in found.itertuples()
+            ]
         return "\n".join(lines)
-
-
-class Scores(NamedTuple):
-    """Scores per base of the test windows, one row per gene, genomic order.
-
-    Attributes
-    ----------
-    genes
-        Gene table.
-    starts
-        Genomic start of each window.
-    mask
-        Mean of the mask [genes, L].
-    signals
-        ATAC and H3K27ac in physical units [genes, 2, L].
-    labels
-        True on bases of active elements [genes, L].
-    """
-
-    genes: pd.DataFrame
-    starts: np.ndarray
-    mask: np.ndarray
-    signals: np.ndarray
-    labels: np.ndarray
 
 
 def demo(
@@ -105,8 +104,9 @@ def demo(
     *,
     settings: SimulationSettings | None = None,
     overrides: Sequence[str] = (),
+    explain: int = 12,
 ) -> DemoResult:
-    """Simulate a genome, train, predict a gene list, and write tables, regions and a report.
+    """Simulate a genome, train, predict a gene list, explain it, and write tables and a report.
 
     Everything is offline and deterministic. Running it again on the same folder uses the trained
     model that is there.
@@ -115,13 +115,16 @@ def demo(
     ----------
     out
         Folder for ``data/`` (the simulated files), ``run/`` (the model), ``genes.txt``,
-        ``expression.tsv``, ``regions.bed``, ``metrics.tsv``, ``elements.tsv``, ``figures/`` and
-        ``report.html``.
+        ``expression.tsv``, ``regions.bed``, ``metrics.tsv``, ``active.bed`` (the truth),
+        ``elements/`` (the mask and controls against it), ``interpret/`` (every method on some
+        genes), ``decoys.tsv``, ``figures/`` and ``report.html``.
     settings
         What to simulate, by default eight chromosomes of 250 genes.
     overrides
         Changes to the model and its training, ``key.sub=value``, as in
         :func:`seq2expr.learn.train.train`.
+    explain
+        Number of test genes, evenly along the chromosomes, that all `METHODS` are applied to.
     """
     out = Path(out)
     simulation = simulate(out / "data", settings or SimulationSettings())
@@ -132,103 +135,110 @@ def demo(
     genes = predictor.inputs.genes
     genes = genes[genes["chrom"].isin(config.split.test)].reset_index(drop=True)
     write_text(out / "genes.txt", "\n".join(genes["gene_id"]) + "\n")
-    predict(
-        run,
-        genome=simulation.genome,
-        gtf=simulation.gtf,
-        genes=str(out / "genes.txt"),
-        tracks=simulation.tracks,
-        out=out / "expression.tsv",
-    )
+    files = {"genome": simulation.genome, "gtf": simulation.gtf, "tracks": simulation.tracks}
+    predict(run, **files, genes=str(out / "genes.txt"), out=out / "expression.tsv")
     evaluation = evaluate(run, truth=simulation.expression, out=out / "metrics.tsv")
+
     elements = read_elements(simulation.elements)
-    scores = _score_bases(predictor, genes, elements)
-    regions = _call(scores, predictor.inputs.genome.lengths)
-    _write(out / "regions.bed", regions, header=False)
-    found = _find_elements(scores)
-    _write(out / "elements.tsv", found)
-    result = DemoResult(out, evaluation, found)
-    _report(result, scores, regions, elements)
+    elements = elements[elements["gene_id"].isin(genes["gene_id"])].reset_index(drop=True)
+    active = elements.loc[elements["name"] == "active", ["chrom", "start", "end"]]
+    _write(out / "active.bed", active, header=False)
+    explainer = Explainer(predictor, predictor.model.config.targets[0], Settings())
+    windows = explainer.windows(genes)
+    mask = stack(explainer.attributions(genes, "mask"))
+    calibration = calibrate(explainer, "mask", training_genes(explainer, run, genes))
+    regions = call(explainer, calibration, windows, mask)
+    write_bed(regions, out / "regions.bed")
+    comparison = compare(explainer, genes, {"mask": mask}, truth=active, out=out / "elements")
+    some = np.linspace(0, len(genes) - 1, min(explain, len(genes))).round().astype(int)
+    explained = interpret(
+        run,
+        **files,
+        genes=genes["gene_id"].iloc[some].tolist(),
+        methods=METHODS,
+        truth=out / "active.bed",
+        overrides=_EXPLAIN,
+        out=out / "interpret",
+    )
+    scores = {method: explained.element_scores(method) for method in METHODS}
+    decoys = rank_kinds(elements, windows, {"mask": mask})
+    decoys = pd.concat([decoys, rank_kinds(elements, explained.windows, scores)])
+    result = DemoResult(out, evaluation, elements, regions, comparison, explained, decoys)
+    _write(out / "decoys.tsv", result.decoys)
+    _report(result)
     return result
+
+
+def rank_kinds(
+    elements: pd.DataFrame, windows: pd.DataFrame, scores: Mapping[str, np.ndarray]
+) -> pd.DataFrame:
+    """Compare the scores of active elements with those of each kind of decoy.
+
+    The score of an element is the mean over its bases in the window of its gene. A score that
+    knows what acts gives the active elements the highest; the average precision says how far
+    active elements come before those of one kind of decoy, 1 being all of them.
+
+    Parameters
+    ----------
+    elements
+        As :func:`seq2expr.simulate.read_elements` gives them.
+    windows
+        Windows of genes; elements of other genes are left out, as are those outside the window.
+    scores
+        Element scores by method [N, L], in genomic order.
+
+    Returns
+    -------
+    One row per method and kind: ``method``, ``genes`` (windows), ``kind``, ``elements`` (their
+    number), ``mean`` (of their scores), and for decoys ``average_precision`` with its 95 %
+    interval over genes (``low``, ``high``) and ``chance``, the share of active elements.
+    """
+    placed = elements.merge(
+        windows[["gene_id", "start"]].assign(row=np.arange(len(windows))),
+        on="gene_id",
+        suffixes=("", "_window"),
+    )
+    length = next(iter(scores.values())).shape[1]
+    first = (placed["start"] - placed["start_window"]).clip(0, length)
+    last = (placed["end"] - placed["start_window"]).clip(0, length)
+    placed = placed.assign(first=first, last=last)[last > first]
+    rows = []
+    for method, values in scores.items():
+        bases = zip(placed["row"], placed["first"], placed["last"], strict=True)
+        means = placed.assign(mean=[float(values[row, a:b].mean()) for row, a, b in bases])
+        for kind in KINDS:
+            own = means.loc[means["name"] == kind, "mean"]
+            row = {"method": method, "genes": len(windows), "kind": kind}
+            row |= {"elements": len(own), "mean": own.mean()}
+            if kind != KINDS[0]:
+                both = means[means["name"].isin([KINDS[0], kind])]
+                active = both["name"] == KINDS[0]
+                area = average_precision(
+                    active, both["mean"], unit="element", unit_ids=both["gene_id"]
+                )
+                row |= {"average_precision": area.value, "low": area.low, "high": area.high}
+                row |= {"chance": active.mean()}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _sorted(found: Comparison) -> pd.DataFrame:
+    return found.ranked.sort_values("average_precision", ascending=False)
 
 
 def _write(path: Path, table: pd.DataFrame, *, header: bool = True) -> None:
     publish(path, lambda place: table.to_csv(place, sep="\t", header=header, index=False))
 
 
-def _score_bases(predictor: Predictor, genes: pd.DataFrame, elements: pd.DataFrame) -> Scores:
-    """Read mask and tracks of every window, turned to genomic order."""
-    windows = predictor.windows
-    sites = windows.sites(genes)
-    starts = windows.starts(sites)
-    masks = np.concatenate(
-        [answer.importance.numpy() for _, answer in predictor.predictions(genes)]
-    )
-    signals = windows.read(sites).signal.astype(np.float32) * windows.scales[:, None]
-    masks[sites.minus] = masks[sites.minus, ::-1]
-    signals[sites.minus] = signals[sites.minus, :, ::-1]
-    labels = [
-        element_labels(elements, gene.chrom, start, start + windows.width)
-        for gene, start in zip(genes.itertuples(), starts.tolist(), strict=True)
-    ]
-    return Scores(genes, starts, masks, signals, np.array(labels))
-
-
-def _call(scores: Scores, lengths: Mapping[str, int]) -> pd.DataFrame:
-    """Call the regions of the mask, as BED rows and the distance to the TSS."""
-    starts = scores.starts
-    windows = scores.genes.assign(start=starts, end=starts + scores.mask.shape[1])
-    thresholds = Thresholds(high=THRESHOLD, low=THRESHOLD, method="mask")
-    regions = call_all(windows, scores.mask, thresholds, on_chromosome(windows, lengths))
-    columns = ["chrom", "start", "end", "name", "score", "strand", "distance"]
-    return bed_rows(regions, top=1.0)[columns]
-
-
-def _rank(scores: Scores) -> dict[str, np.ndarray]:
-    """The mask and its three controls: one value per base of all windows."""
-    rows, length = scores.mask.shape
-    position = scores.starts[:, None] + np.arange(length)
-    depth = scores.signals.mean(axis=(0, 2), keepdims=True)
-    return {
-        "mask": scores.mask.ravel(),
-        "signal alone": np.log1p(scores.signals / depth).mean(axis=1).ravel(),
-        "distance to TSS": -np.abs(position - scores.genes["tss"].to_numpy()[:, None]).ravel(),
-        "random": np.random.default_rng(0).random(rows * length),
-    }
-
-
-def _find_elements(scores: Scores) -> pd.DataFrame:
-    """Score how well the mask and its controls find the bases of active elements."""
-    labels = scores.labels.ravel()
-    found = {
-        name: average_precision(labels, values, unit="base", n_boot=0)
-        for name, values in _rank(scores).items()
-    }
-    return pd.DataFrame(
-        {
-            "name": list(found),
-            "average_precision": [metric.value for metric in found.values()],
-            "n_bases": [metric.n for metric in found.values()],
-        }
-    )
-
-
-def _called(scores: Scores, regions: pd.DataFrame, elements: pd.DataFrame) -> pd.DataFrame:
+def _called(result: DemoResult) -> pd.DataFrame:
     """Count the elements of each kind that a region overlaps."""
-    tested = elements[elements["gene_id"].isin(scores.genes["gene_id"])]
-    column = {name: tested[[name]].to_numpy() for name in ("chrom", "start", "end")}
-    overlaps = (
-        (column["chrom"] == regions["chrom"].to_numpy())
-        & (column["start"] < regions["end"].to_numpy())
-        & (column["end"] > regions["start"].to_numpy())
-    )
-    kinds = tested.assign(called=overlaps.any(axis=1)).groupby("name")["called"]
+    elements, regions = result.elements, result.regions
+    called = elements.index.isin(overlap(elements, regions)["left"])
+    kinds = elements.assign(called=called).groupby("name")["called"]
     return kinds.agg(elements="count", called="mean").reindex(KINDS).rename_axis("kind")
 
 
-def _report(
-    result: DemoResult, scores: Scores, regions: pd.DataFrame, elements: pd.DataFrame
-) -> None:
+def _report(result: DemoResult) -> None:
     """Write figures and the page."""
     report = Report("seq2expr demo: a simulated genome")
     report.text(
@@ -236,17 +246,18 @@ def _report(
         "signal together. Motif decoys have no signal, signal decoys no motif; neither has an "
         "effect. Everything below is from chromosomes that the model has not seen."
     )
+    mask = result.comparison.scores["mask"]
     report.facts(
         {
-            "genes": len(scores.genes),
-            "window": f"{scores.mask.shape[1]:,} bp around the TSS",
-            "mean of the mask": float(scores.mask.mean()),
-            "regions called": f"{len(regions):,} (mask of at least {THRESHOLD})",
+            "genes": len(mask),
+            "window": f"{mask.shape[1]:,} bp around the TSS",
+            "mean of the mask": float(mask.mean()),
+            "regions called": len(result.regions),
         }
     )
-
     _show_predictions(report, result)
-    _show_elements(report, result, scores, regions, elements)
+    _show_elements(report, result)
+    _show_methods(report, result)
     _show_training(report, result)
     report.write(result.report)
 
@@ -287,34 +298,58 @@ def _show_predictions(report: Report, result: DemoResult) -> None:
     )
 
 
-def _show_elements(
-    report: Report,
-    result: DemoResult,
-    scores: Scores,
-    regions: pd.DataFrame,
-    elements: pd.DataFrame,
-) -> None:
+def _show_elements(report: Report, result: DemoResult) -> None:
     report.section("Does the mask find the active elements?")
-    caption = (
-        "Bases of active elements in all test windows, ranked by the mask and by three controls."
-    )
-    figure = precision_recall(scores.labels.ravel(), _rank(scores))
-    _show(report, result, figure, "elements", caption)
+    _show_found(report, result, result.comparison, "elements")
     report.table(
-        result.found.set_axis(["score", "average precision", "bases"], axis=1),
-        "Average precision over the bases of all test windows.",
-    )
-    report.table(
-        _called(scores, regions, elements),
+        _called(result),
         "Planted elements of the test genes by kind, and the share that a called region overlaps.",
         {"called": ".1%"},
     )
-    report.section("A locus")
-    caption = (
-        "The first test gene with all three kinds of element in its window. Active elements have "
-        "motif and signal; motif decoys lack the signal, signal decoys the motif."
+
+
+def _show_methods(report: Report, result: DemoResult) -> None:
+    explained = result.explained
+    report.section("Do other methods say the same?")
+    report.text(
+        f"In-silico mutagenesis (ISM) and integrated gradients (IG) on {len(explained.windows)} "
+        "genes, evenly along the test chromosomes. Scores of single bases are averaged, as "
+        "magnitudes, over 51 bp. interpret/report.html has all loci and tables; its regions are "
+        "judged against few shuffled windows, so their q-values are coarse."
     )
-    _show(report, result, _locus(scores, regions, elements), "locus", caption)
+    _show_found(report, result, explained.comparison, "methods")
+    report.table(
+        result.decoys,
+        "Mean score by kind of element, and the average precision with which it tells active "
+        "elements from decoys of one kind (95 % interval over genes; chance is the share of "
+        "active elements among the two).",
+    )
+    caption = (
+        "The first of these genes with all three kinds of element in its window. Active elements "
+        "have motif and signal; motif decoys lack the signal, signal decoys the motif. Regions "
+        "are those of the mask."
+    )
+    _show(report, result, _locus(result), "locus", caption)
+
+
+def _show_found(report: Report, result: DemoResult, found: Comparison, stem: str) -> None:
+    """Draw and tabulate how well scores find the bases of active elements."""
+    kept = {name: values[found.keep] for name, values in found.scores.items()}
+    figure = precision_recall(found.labels[found.keep], kept)
+    n = f"{len(found.keep):,} genes"
+    caption = f"Bases of active elements in the windows of {n}, ranked by scores and by controls."
+    _show(report, result, figure, stem, caption)
+    columns = ["method", "average_precision", "low", "high", "n_bases"]
+    report.table(
+        _sorted(found)[columns],
+        f"Average precision over these bases with its 95 % interval over {n}.",
+    )
+    columns = ["method", "other", "difference", "low", "high", "verdict"]
+    report.table(
+        found.paired[columns],
+        "Differences of average precision, paired over genes. A difference counts where its 95 % "
+        "interval excludes 0.",
+    )
 
 
 def _scatter(evaluation: Evaluation, pearson: pd.DataFrame) -> Figure:
@@ -336,29 +371,30 @@ def _bars(evaluation: Evaluation, pearson: pd.DataFrame) -> Figure:
     return controls_bars(table.drop(columns="n"), model=MODEL, metric="Pearson across genes")
 
 
-def _locus(scores: Scores, regions: pd.DataFrame, elements: pd.DataFrame) -> Figure:
+def _locus(result: DemoResult) -> Figure:
     """Draw the first whole window that holds all three kinds of element, or the last window."""
-    length = scores.mask.shape[1]
-    for row, gene in enumerate(scores.genes.itertuples()):
-        start = int(scores.starts[row])
+    explained, elements, regions = result.explained, result.elements, result.regions
+    for row, window in enumerate(explained.windows.itertuples()):
         inside = elements[
-            (elements["chrom"] == gene.chrom)
-            & (elements["end"] > start)
-            & (elements["start"] < start + length)
+            (elements["gene_id"] == window.gene_id)
+            & (elements["end"] > window.start)
+            & (elements["start"] < window.end)
         ]
-        if start >= 0 and inside["name"].nunique() == len(KINDS):
+        gene = explained.genes.iloc[[row]]
+        if window.start >= 0 and inside["name"].nunique() == len(KINDS):
             break
+    signals = explained.explainer.signals(gene)
+    genes = explained.explainer.predictor.inputs.genes
     return locus(
-        chrom=gene.chrom,
-        start=start,
-        end=start + length,
-        tss=gene.tss,
-        strand=gene.strand,
-        gene_name=gene.gene_name or gene.gene_id,
-        tracks=dict(zip(["ATAC", "H3K27ac"], scores.signals[row], strict=True)),
-        importance={"mask": scores.mask[row]},
-        genes=scores.genes[scores.genes["chrom"] == gene.chrom],
+        chrom=window.chrom,
+        start=window.start,
+        end=window.end,
+        tss=window.tss,
+        strand=window.strand,
+        gene_name=window.gene_name,
+        tracks={name: values[0] for name, values in signals.items()},
+        importance={method: scores[row] for method, scores in explained.scores.items()},
+        genes=genes[genes["chrom"] == window.chrom],
         elements=inside.assign(kind=inside["name"].str.replace("_", " ")),
-        regions=regions[regions["name"] == gene.gene_id],
-        importance_unit="mean of z",
+        regions=regions[regions["gene_id"] == window.gene_id],
     )

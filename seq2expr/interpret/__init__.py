@@ -21,4 +21,5 @@ class _Callable(ModuleType):
         return interpret(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = _Callable
+interpret = sys.modules[__name__]
+interpret.__class__ = _Callable

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from seq2expr.dna.names import suggest_mapping
 from seq2expr.errors import Seq2ExprWarning
 from seq2expr.interpret.attribution import Attribution
 from seq2expr.interpret.explain import Explainer
@@ -44,6 +45,7 @@ def training_genes(
     genes = explainer.predictor.inputs.genes
     data = run_config(find_run(run)).data
     unseen = {*data.split.test, *data.split.valid, *data.exclude_chroms}
+    unseen |= set(suggest_mapping(unseen, explainer.lengths).values())  # spelled otherwise here
     known = genes[~genes["chrom"].isin(unseen)]
     if data.biotypes and "biotype" in known:
         known = known[known["biotype"].isin(data.biotypes)]

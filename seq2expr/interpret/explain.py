@@ -46,6 +46,10 @@ class Explainer:
             raise UserError(
                 f"The run has no target {self.target!r}; it predicts {', '.join(targets)}."
             )
+        if self.settings.null == "tracks" and not self.predictor.model.config.tracks:
+            raise UserError(
+                "The run reads no tracks, so they cannot be rotated; set null=sequence."
+            )
 
     @cached_property
     def lengths(self) -> dict[str, int]:
@@ -99,10 +103,6 @@ class Explainer:
         """Open the window with its sequence shuffled, or its tracks rotated (``null``)."""
         probe = self.probe(gene)
         if self.settings.null == "tracks":
-            if probe.fields.get("signal") is None:
-                raise UserError(
-                    "The run reads no tracks, so they cannot be rotated; set null=sequence."
-                )
             turned = rotate_tracks(probe.fields["signal"][0].cpu().numpy(), probe.random)
             probe.fields["signal"] = torch.from_numpy(turned.copy()).unsqueeze(0).to(probe.device)
             return probe

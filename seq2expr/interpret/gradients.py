@@ -1,13 +1,14 @@
 """Methods that differentiate: input × gradient, integrated gradients, DeepLIFT/SHAP."""
 
 import warnings
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seq2expr.errors import UserError
+from seq2expr.interpret.motifs import optional
 from seq2expr.interpret.probe import Probe
 from seq2expr.interpret.scored import Scored, Settings
 from seq2expr.interpret.significance import shuffle_codes
@@ -22,16 +23,11 @@ def input_x_gradient(probe: Probe, settings: Settings) -> Scored:
     the part that points off the simplex of sequences (Majdandzic et al. 2023, *Genome Biology*).
     The figure is the correlation with the scores of a copy in which 1 % of the bases differ.
     """
-
-    def scores(codes: Tensor) -> np.ndarray:
-        bases = one_hot(codes.unsqueeze(0))
-        gradient = probe.gradients(bases)[1][0]
-        return _observed(_centred(gradient), bases[0])
-
-    found = scores(probe.codes)
-    other = scores(substituted(probe))
-    effects = probe.gradients(probe.bases.unsqueeze(0))[1][0]
-    effects = effects - (effects * probe.bases).sum(1, keepdim=True)
+    bases = one_hot(torch.stack([probe.codes, substituted(probe)]))
+    gradients = probe.gradients(bases)[1]
+    centred = gradients - gradients.mean(-1, keepdim=True)
+    found, other = _observed(centred, bases)
+    effects = gradients[0] - (gradients[0] * bases[0]).sum(1, keepdim=True)
     return Scored.stable(found, other, settings, effects=_array(effects))
 
 
@@ -64,28 +60,24 @@ def deeplift(probe: Probe, settings: Settings) -> Scored:
     and what it masks), contributions need not add up. The figure says by how much: the mean over
     references of |Σ contributions - (f(x) - f(x'))| over the mean |f(x) - f(x')|.
     """
-    try:
-        from tangermeme.deep_lift_shap import deep_lift_shap, integrated_gradients_op
-    except ImportError as error:
-        raise UserError(
-            "The method deeplift needs tangermeme: pip install 'seq2expr[interpret]'."
-        ) from error
+    engine = tangermeme_engine(probe, settings)
     bases = probe.bases.T.unsqueeze(0)
     references = baselines(probe, settings.n_shuffles).transpose(1, 2)
     with warnings.catch_warnings():
-        # It warns of large deltas; ours are reported with every gene.
+        # It warns of large deltas, ours are reported with every gene; and of N, which is allowed.
         warnings.simplefilter("ignore")
-        multipliers = deep_lift_shap(
+        multipliers = engine.deep_lift_shap(
             _ByBases(probe).eval(),  # it puts the model back into the mode of this wrapper
             bases,
             references=references.unsqueeze(0),
             # Each pair is one row of the model: answers must be of one row per sequence.
             batch_size=settings.n_shuffles,
-            additional_nonlinear_ops={MotifActivation: integrated_gradients_op(16)},
+            additional_nonlinear_ops={MotifActivation: engine.integrated_gradients_op(16)},
             raw_outputs=True,
+            only_warn=True,
             device=str(probe.device),
         )
-    multipliers = multipliers.reshape(references.shape)
+    multipliers = multipliers.reshape(references.shape).to(probe.device)
     gaps = probe.answers(bases.transpose(1, 2)) - probe.answers(references.transpose(1, 2))
     sums = ((bases - references) * multipliers).sum((1, 2))
     delta = (sums - gaps).abs().mean() / gaps.abs().mean().clamp_min(1e-9)
@@ -94,6 +86,11 @@ def deeplift(probe: Probe, settings: Settings) -> Scored:
     return Scored.converged(
         _observed(effects, probe.bases), float(delta), settings, effects=_array(effects)
     )
+
+
+def tangermeme_engine(probe: Probe, settings: Settings) -> ModuleType:
+    """Import what :func:`deeplift` needs; a UserError says how to install it."""
+    return optional("tangermeme.deep_lift_shap")
 
 
 def baselines(probe: Probe, count: int) -> Tensor:
@@ -127,12 +124,8 @@ class _ByBases(nn.Module):
         return probe.predict(bases.transpose(1, 2)).mean[:, probe.target, None]
 
 
-def _centred(gradient: Tensor) -> Tensor:
-    return gradient - gradient.mean(-1, keepdim=True)
-
-
 def _observed(values: Tensor, bases: Tensor) -> np.ndarray:
-    """Return the values of the bases that are there [L]; 0 at N."""
+    """Return the values of the bases that are there [..., L]; 0 at N."""
     return _array((values * bases).sum(-1))
 
 

@@ -13,8 +13,15 @@ from seq2expr.interpret.gradients import (
     input_x_gradient,
     integrated_gradients,
     substituted,
+    tangermeme_engine,
 )
-from seq2expr.interpret.mutagenesis import blocks, occlusion, single_bases
+from seq2expr.interpret.mutagenesis import (
+    block_starts,
+    blocks,
+    occlusion,
+    occlusion_starts,
+    single_bases,
+)
 from seq2expr.interpret.probe import Probe
 from seq2expr.interpret.scored import Scored, Settings
 from seq2expr.model.batch import Prediction
@@ -34,12 +41,15 @@ class Method(NamedTuple):
         system's own; None for methods that any system has.
     element_wide
         Scores are already those of elements; scores of single bases are smoothed first.
+    check
+        Refuses, before any work, settings and windows with which it cannot be done.
     """
 
     score: Callable[[Probe, Settings], Scored]
     what: str
     field: str | None = None
     element_wide: bool = False
+    check: Callable[[Probe, Settings], object] | None = None
 
 
 def _own(field: str) -> Callable[[Probe, Settings], Scored]:
@@ -68,9 +78,11 @@ METHODS: Mapping[str, Method] = {
     "inputxgrad": Method(input_x_gradient, "gradient at the observed bases"),
     "ig": Method(integrated_gradients, "integrated gradients from shuffled baselines"),
     "ism": Method(single_bases, "every single-base change"),
-    "block": Method(blocks, "blocks shuffled or deleted", None, True),
-    "deeplift": Method(deeplift, "DeepLIFT/SHAP through tangermeme"),
-    "occlusion": Method(occlusion, "stretches hidden, tracks included", None, True),
+    "block": Method(blocks, "blocks shuffled or deleted", None, True, block_starts),
+    "deeplift": Method(deeplift, "DeepLIFT/SHAP through tangermeme", check=tangermeme_engine),
+    "occlusion": Method(
+        occlusion, "stretches hidden, tracks included", None, True, occlusion_starts
+    ),
     "attention": Method(_own("attention"), "attention of the pooling", "attention", True),
 }
 """Methods by the name used on the command line."""
@@ -80,13 +92,13 @@ BY_BASE = ("ism", "deeplift", "ig", "inputxgrad")
 """Methods whose scores are those of single bases, so that they show motifs; the best first."""
 
 
-def check_methods(names: list[str], probe: Probe) -> None:
-    """Refuse methods that do not exist or that the system cannot give.
+def check_methods(names: list[str], probe: Probe, settings: Settings) -> None:
+    """Refuse methods that do not exist, that the system cannot give, or not so.
 
     Raises
     ------
     UserError
-        Naming the methods that it can give.
+        Naming the methods that it can give, or the setting that does not fit.
     """
     answer = probe.reference()
     able = [
@@ -102,3 +114,5 @@ def check_methods(names: list[str], probe: Probe) -> None:
                 f"This run has no {METHODS[name].field} of its own, so it cannot give {name!r}; "
                 f"it can give {', '.join(able)}."
             )
+        if METHODS[name].check is not None:
+            METHODS[name].check(probe, settings)

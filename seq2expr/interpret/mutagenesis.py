@@ -50,12 +50,13 @@ def blocks(probe: Probe, settings: Settings) -> Scored:
 
     s = f(x) - mean over shuffles of f(x with the block shuffled), per base the mean over the two
     blocks that cover it. A deleted block takes its track values along; the window is closed
-    towards the TSS and filled up with N at its far end, and a block that holds the TSS is left
-    out. The figure is the correlation of the scores from even with those from odd blocks.
+    towards the TSS and filled up at its far end as past a chromosome end, and a block that holds
+    the TSS is left out. The figure is the correlation of the scores from even with those from odd
+    blocks.
     """
-    starts = _starts(len(probe.codes), settings.block_bp)
+    starts = block_starts(probe, settings)
     if settings.block == "delete":
-        starts, answers = _deleted(probe, starts, settings.block_bp)
+        answers = _deleted(probe, starts, settings.block_bp)
     else:
         answers = _shuffled(probe, starts, settings)
     return _tiled(probe, answers, starts, settings.block_bp, settings)
@@ -67,16 +68,15 @@ def occlusion(probe: Probe, settings: Settings) -> Scored:
     s = f(x) - f(x without the stretch), per base the mean over the two stretches that cover it.
     The figure is the correlation of the scores from even with those from odd stretches.
     """
-    length, width = len(probe.codes), settings.occlusion_bp
-    starts, signal = _starts(length, width), probe.fields.get("signal")
-    answers = []
+    width = settings.occlusion_bp
+    starts, signal = occlusion_starts(probe, settings), probe.fields.get("signal")
+    bin_bp, answers = _bin_bp(probe), []
     for batch in torch.tensor(starts).split(probe.batch_size):
         codes = probe.codes.repeat(len(batch), 1)
         tracks = None if signal is None else signal.repeat(len(batch), 1, 1)
         for row, start in enumerate(batch.tolist()):
             codes[row, start : start + width] = 4
             if tracks is not None:
-                bin_bp = length // tracks.shape[-1]
                 tracks[row, :, start // bin_bp : -(-(start + width) // bin_bp)] = 0
         answers.append(probe.answers(codes, signal=tracks))
     return _tiled(probe, torch.cat(answers), starts, width, settings)
@@ -94,9 +94,46 @@ def _substituted(codes: Tensor, edits: Tensor) -> Tensor:
     return copies.scatter(1, edits[:, :1], edits[:, 1:].to(codes.dtype))
 
 
-def _starts(length: int, width: int) -> np.ndarray:
-    """First bases of blocks that overlap by half."""
-    return np.arange(0, length - width + 1, max(width // 2, 1))
+def block_starts(probe: Probe, settings: Settings) -> np.ndarray:
+    """First bases of the blocks that are shuffled, or that can be deleted.
+
+    Raises
+    ------
+    UserError
+        When the width of blocks does not fit the window or the bins of its tracks.
+    """
+    width = settings.block_bp
+    starts = _starts(len(probe.codes), width, "block_bp")
+    if settings.block == "shuffle":
+        return starts
+    bin_bp = _bin_bp(probe)
+    if width % (2 * bin_bp):
+        raise UserError(
+            f"block_bp is {width}; to delete blocks from tracks of {bin_bp} bp bins it must be "
+            f"a multiple of {2 * bin_bp}."
+        )
+    return starts[(starts > probe.anchor) | (starts + width <= probe.anchor)]
+
+
+def occlusion_starts(probe: Probe, settings: Settings) -> np.ndarray:
+    """First bases of the stretches that are hidden; a UserError when they are too wide."""
+    return _starts(len(probe.codes), settings.occlusion_bp, "occlusion_bp")
+
+
+def _starts(length: int, width: int, name: str) -> np.ndarray:
+    """First bases of blocks that overlap by half; the last ends where the window does."""
+    if 2 * width > length:
+        raise UserError(
+            f"{name} is {width}; it can be at most half of the window ({length // 2} bp)."
+        )
+    step = width // 2
+    starts = np.arange(0, length - width + 1, step)
+    return starts if starts[-1] == length - width else np.append(starts, length - width)
+
+
+def _bin_bp(probe: Probe) -> int:
+    signal = probe.fields.get("signal")
+    return 1 if signal is None else len(probe.codes) // signal.shape[-1]
 
 
 def _shuffled(probe: Probe, starts: np.ndarray, settings: Settings) -> Tensor:
@@ -112,25 +149,21 @@ def _shuffled(probe: Probe, starts: np.ndarray, settings: Settings) -> Tensor:
     return torch.stack(answers)
 
 
-def _deleted(probe: Probe, starts: np.ndarray, width: int) -> tuple[np.ndarray, Tensor]:
-    """Answer without each block [n], for the blocks that do not hold the TSS."""
-    signal = probe.fields.get("signal")
-    bin_bp = 1 if signal is None else len(probe.codes) // signal.shape[-1]
-    if width % (2 * bin_bp):
-        raise UserError(
-            f"block_bp is {width}; to delete blocks from tracks of {bin_bp} bp bins it must be "
-            f"a multiple of {2 * bin_bp}."
-        )
-    starts = starts[(starts > probe.anchor) | (starts + width <= probe.anchor)]
+def _deleted(probe: Probe, starts: np.ndarray, width: int) -> Tensor:
+    """Answer without each block [n]."""
+    signal, bin_bp = probe.fields.get("signal"), _bin_bp(probe)
+    keep = probe.fields.get("keep")
+    keep = torch.ones_like(probe.asked) if keep is None else keep[0]
     answers = []
     for start in starts.tolist():
         codes = _closed(probe.codes, start, width, probe.anchor, fill=4)
+        kept = _closed(keep, start, width, probe.anchor, fill=0).unsqueeze(0)
         tracks = None
         if signal is not None:
             place, bins = start // bin_bp, width // bin_bp
             tracks = _closed(signal[0], place, bins, probe.anchor // bin_bp, fill=0).unsqueeze(0)
-        answers.append(probe.answers(codes.unsqueeze(0), signal=tracks))
-    return starts, torch.cat(answers)
+        answers.append(probe.answers(codes.unsqueeze(0), signal=tracks, keep=kept))
+    return torch.cat(answers)
 
 
 def _closed(values: Tensor, start: int, width: int, anchor: int, *, fill: int) -> Tensor:
@@ -147,11 +180,8 @@ def _tiled(
     drop = (probe.reference().mean[0, probe.target] - answers).cpu().numpy()
     tilings = []
     for parity in (0, 1):
-        total, count = (
-            np.zeros(len(probe.codes), np.float32),
-            np.zeros(len(probe.codes), np.float32),
-        )
-        chosen = starts // max(width // 2, 1) % 2 == parity
+        total, count = np.zeros((2, len(probe.codes)), np.float32)
+        chosen = np.arange(len(starts)) % 2 == parity
         for start, value in zip(starts[chosen].tolist(), drop[chosen].tolist(), strict=True):
             total[start : start + width] += value
             count[start : start + width] += 1

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seq2expr.interpret.compare import agreement, coverage_curve
-from seq2expr.interpret.methods import METHODS
+from seq2expr.interpret.methods import BY_BASE, METHODS
 from seq2expr.interpret.seqlets import contribution_logo
 from seq2expr.locus import locus
 from seq2expr.plot import precision_recall, save
@@ -172,9 +172,7 @@ def _motifs(report: Report, result: "Interpretation") -> None:
         max_rows=25,
     )
     genome = result.explainer.predictor.inputs.genome
-    method = next(
-        name for name in ("ism", "deeplift", "ig", "inputxgrad") if name in result.scores
-    )
+    method = next(name for name in BY_BASE if name in result.scores)
     flank = 10
     for number, seqlet in enumerate(result.seqlets.head(_MAX_LOGOS).itertuples()):
         window = result.windows.iloc[seqlet.window]

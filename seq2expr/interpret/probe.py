@@ -73,10 +73,13 @@ class Probe:
         keep = self.fields.get("keep")
         return counts if keep is None else counts & keep[0]
 
-    def predict(self, codes: Tensor, *, signal: Tensor | None = None) -> Prediction:
+    def predict(
+        self, codes: Tensor, *, signal: Tensor | None = None, keep: Tensor | None = None
+    ) -> Prediction:
         """Run the model on copies: codes [B, L] or relaxed bases [B, L, 4].
 
-        ``signal`` [B, S, L/bin] replaces the stored track values.
+        ``signal`` [B, S, L/bin] replaces the stored track values, ``keep`` [B, L] the bases that
+        count.
         """
         rows = len(codes)
         fields = {
@@ -86,8 +89,8 @@ class Probe:
         }
         fields |= {name: self.fields[name] for name in _SHARED if name in self.fields}
         fields |= {"ids": self.fields["ids"] * rows, "codes": codes}
-        if signal is not None:
-            fields["signal"] = signal
+        changed = {"signal": signal, "keep": keep}
+        fields |= {name: value for name, value in changed.items() if value is not None}
         return self.model(**fields)
 
     def reference(self) -> Prediction:
@@ -95,14 +98,14 @@ class Probe:
         with torch.inference_mode():
             return self.predict(self.codes.unsqueeze(0))
 
-    def answers(self, codes: Tensor, *, signal: Tensor | None = None) -> Tensor:
-        """Predicted target of copies [B], in batches and without gradients."""
-        parts = []
+    def answers(self, codes: Tensor, **changed: Tensor | None) -> Tensor:
+        """Predicted target of copies [B] (as for :meth:`predict`), in batches, no gradients."""
+        parts = [torch.empty(0, device=self.device)]  # there may be no copy
         with torch.inference_mode():
             for start in range(0, len(codes), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                part = None if signal is None else signal[rows]
-                parts.append(self.predict(codes[rows], signal=part).mean[:, self.target])
+                part = {k: value[rows] for k, value in changed.items() if value is not None}
+                parts.append(self.predict(codes[rows], **part).mean[:, self.target])
         return torch.cat(parts)
 
     @contextmanager
@@ -125,4 +128,4 @@ class Probe:
         return torch.cat(values), torch.cat(gradients)
 
 
-_SHARED = ("signal_scale", "profile_scale")
+_SHARED = ("signal", "signal_scale", "profile_scale")  # one for all rows

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from seq2expr.interpret.compare import (
 )
 from seq2expr.interpret.explain import Explainer
 from seq2expr.interpret.peaks import call_peaks, describe, peak_mask, read_score_track
+from seq2expr.interpret.regions import smooth
 from seq2expr.store import publish
 
 
@@ -55,14 +57,87 @@ class Comparison:
     binary: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """What the user gave to compare with, over the windows of the genes.
+
+    Parameters
+    ----------
+    ranks
+        Scores per base by name [N, L].
+    peaks
+        Bases in peaks by peak set, bool [N, L].
+    labels
+        Bases of true elements, bool [N, L], where a truth is given.
+    """
+
+    ranks: dict[str, np.ndarray]
+    peaks: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
+
+
+def read_rivals(
+    explainer: Explainer,
+    genes: pd.DataFrame,
+    *,
+    peaks: Sequence[Path] = (),
+    fragments: Path | None = None,
+    truth: pd.DataFrame | None = None,
+    out: Path,
+) -> Rivals:
+    """Read peaks, scores and truth over the windows of genes.
+
+    Parameters
+    ----------
+    explainer
+        The run on its inputs.
+    genes
+        Gene table.
+    peaks
+        Peak files, and files of scores per base.
+    fragments
+        Fragments on which MACS3 is run, into ``out/macs3``.
+    truth
+        True elements (``chrom start end``).
+    out
+        Folder of the results.
+
+    Raises
+    ------
+    UserError
+        When a file cannot be read, two have one name, MACS3 fails, or no true element lies in a
+        window.
+    """
+    windows = explainer.windows(genes)
+    labels = None if truth is None else truth_labels(truth, windows)
+    if labels is not None and not (labels & explainer.keep(windows)).any():
+        raise UserError(
+            "No true element lies in a window of the genes. Check that truth, genes and genome "
+            "are of one build, and that the windows reach the elements."
+        )
+    return Rivals(*_peaks(explainer, windows, peaks, fragments, out), labels)
+
+
 def compare(
     explainer: Explainer,
     genes: pd.DataFrame,
     scores: Mapping[str, np.ndarray],
     *,
-    peaks: Sequence[Path] = (),
-    fragments: Path | None = None,
-    truth: pd.DataFrame | None = None,
+    out: Path,
+    **given: Any,
+) -> Comparison:
+    """Read what is given to :func:`read_rivals`, and :func:`compare_with` it."""
+    return compare_with(
+        explainer, genes, scores, read_rivals(explainer, genes, out=out, **given), out=out
+    )
+
+
+def compare_with(
+    explainer: Explainer,
+    genes: pd.DataFrame,
+    scores: Mapping[str, np.ndarray],
+    rivals: Rivals,
+    *,
     out: Path,
 ) -> Comparison:
     """Compare methods with peaks and controls over the windows of genes, and write the tables.
@@ -78,20 +153,15 @@ def compare(
         Gene table.
     scores
         Element scores of the methods [N, L].
-    peaks
-        Peak files, and files of scores per base.
-    fragments
-        Fragments on which MACS3 is run, into ``out/macs3``.
-    truth
-        True elements (``chrom start end``).
+    rivals
+        Peaks, scores and truth that were given.
     out
         Folder for ``agreement.tsv``, ``peaks.tsv``, and with a truth ``truth.tsv``,
         ``truth_paired.tsv`` and ``truth_peaks.tsv``.
     """
     windows = explainer.windows(genes)
     keep = explainer.keep(windows)
-    controls, masks = _peaks(explainer, windows, peaks, fragments, out)
-    controls |= _controls(explainer, genes, windows)
+    controls, masks = rivals.ranks | _controls(explainer, genes, windows), rivals.peaks
     every = dict(scores) | controls
     result = Comparison(
         every, masks, keep, agreement(every, keep=keep), _overlap(scores, masks, keep)
@@ -99,15 +169,9 @@ def compare(
     _write(out / "agreement.tsv", result.agreement)
     if masks:
         _write(out / "peaks.tsv", result.overlap)
-    if truth is None:
+    if rivals.labels is None:
         return result
-    labels = truth_labels(truth, windows)
-    if not (labels & keep).any():
-        raise UserError(
-            "No true element lies in a window of the genes. Check that truth, genes and genome "
-            "are of one build, and that the windows reach the elements."
-        )
-    result.labels = labels
+    labels = result.labels = rivals.labels
     result.ranked = ranked(labels, every, keep=keep)
     _write(out / "truth.tsv", result.ranked)
     pairs = [
@@ -125,9 +189,14 @@ def compare(
 def _controls(
     explainer: Explainer, genes: pd.DataFrame, windows: pd.DataFrame
 ) -> dict[str, np.ndarray]:
-    """Return each input track, their mean as ln(1 + x / mean), distance to the TSS, and chance."""
+    """Return each input track, their mean as ln(1 + x / mean), distance to the TSS, and chance.
+
+    Tracks come as they are and smoothed, since sparse ones mark stretches better than bases.
+    """
     tracks = explainer.signals(genes)
+    width, keep = explainer.settings.control_smooth_bp, explainer.keep(windows)
     found = {f"track {name}": values for name, values in tracks.items()}
+    found |= {f"{name}, {width} bp": smooth(x, width, keep=keep) for name, x in found.items()}
     if len(tracks) > 1:
         logs = [np.log1p(np.abs(x) / max(np.abs(x).mean(), 1e-9)) for x in tracks.values()]
         found["tracks together"] = np.mean(logs, axis=0)

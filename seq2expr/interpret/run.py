@@ -17,14 +17,16 @@ from seq2expr.interpret.calibrate import Calibration, calibrate, call, training_
 from seq2expr.interpret.enrichment import Enrichment, enrich
 from seq2expr.interpret.explain import Explainer
 from seq2expr.interpret.methods import BY_BASE, check_methods
-from seq2expr.interpret.motifs import Motif, read_motifs
+from seq2expr.interpret.motifs import Motif, optional, read_motifs
+from seq2expr.interpret.peaks import interval_mask
 from seq2expr.interpret.perturb import perturb
 from seq2expr.interpret.regions import merge_genome_wide
-from seq2expr.interpret.rivals import Comparison, compare
+from seq2expr.interpret.rivals import Comparison, Rivals, compare_with, read_rivals
 from seq2expr.interpret.scored import Settings
 from seq2expr.interpret.seqlets import annotate, find_seqlets
 from seq2expr.learn.predict import Request, open_request
 from seq2expr.learn.runs import find_run, run_config
+from seq2expr.learn.tables import check_out
 from seq2expr.progress import progress
 from seq2expr.store import publish, write_text
 
@@ -118,9 +120,7 @@ class _Asked:
     methods: list[str]
     edits: dict[str, Edits]
     motifs: list[Motif]
-    truth: pd.DataFrame | None
-    peaks: list[Path]
-    fragments: Path | None
+    rivals: Rivals | None
 
 
 def interpret(
@@ -179,9 +179,14 @@ def interpret(
     UserError
         When the request cannot be carried out; nothing is then written.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder.")
+    out = check_out(Path(out) / "report.html", [".html"]).parent
+    edited = any(path is not None for path in (delete, insert, variants))
+    beside = bool(motifs or peaks) or fragments is not None or truth is not None
+    if not methods and (beside or not edited):
+        raise UserError(
+            "There is nothing to score: without a method, only the effects of --delete, --insert "
+            "and --variants can be had. Give --method mask or another."
+        )
     settings = parse_settings(Settings, overrides)
     request = open_request(
         run, genome=genome, gtf=gtf, genes=genes, tracks=tracks, chrom_map=chrom_map, **inputs
@@ -193,15 +198,21 @@ def interpret(
         settings,
         None if bases is None else predictor.inputs.intervals(bases),
     )
-    check_methods(list(methods), explainer.probe(request.genes.iloc[[0]]))
-    asked = _Asked(
-        methods=list(dict.fromkeys(methods)),
-        edits=dict(_read_edits(request, delete=delete, insert=insert, variants=variants)),
-        motifs=[motif for path in motifs for motif in read_motifs(path)],
-        truth=None if truth is None else predictor.inputs.intervals(truth),
-        peaks=[Path(path) for path in peaks],
-        fragments=None if fragments is None else Path(fragments),
-    )
+    check_methods(list(methods), explainer.probe(request.genes.iloc[[0]]), settings)
+    _check_bases(explainer, request.genes)
+    edits = dict(_read_edits(request, delete=delete, insert=insert, variants=variants))
+    known = _read_motifs(motifs)
+    rivals = None
+    if peaks or fragments is not None or truth is not None:
+        rivals = read_rivals(
+            explainer,
+            request.genes,
+            peaks=[Path(path) for path in peaks],
+            fragments=None if fragments is None else Path(fragments),
+            truth=None if truth is None else predictor.inputs.intervals(truth),
+            out=out,
+        )
+    asked = _Asked(list(dict.fromkeys(methods)), edits, known, rivals)
     return _run(request, explainer, asked, out)
 
 
@@ -210,7 +221,7 @@ def _run(request: Request, explainer: Explainer, asked: _Asked, out: Path) -> In
 
     genes = request.genes
     result = Interpretation(out, genes, explainer.windows(genes), request.skipped, explainer)
-    out.mkdir(parents=True, exist_ok=True)
+    _perturb(result, request, asked)
     if asked.methods:
         _score(result, asked.methods)
         training = training_genes(explainer, request.run, genes)
@@ -219,27 +230,53 @@ def _run(request: Request, explainer: Explainer, asked: _Asked, out: Path) -> In
         _call(result)
         if asked.motifs:
             _name(result, asked.motifs)
-        if asked.peaks or asked.fragments or asked.truth is not None:
-            result.comparison = compare(
+        if asked.rivals is not None:
+            result.comparison = compare_with(
                 explainer,
                 genes,
                 {method: result.element_scores(method) for method in asked.methods},
-                peaks=asked.peaks,
-                fragments=asked.fragments,
-                truth=asked.truth,
+                asked.rivals,
                 out=out,
             )
-    both = run_config(find_run(request.run)).train.reverse_complement > 0
-    skipped = [result.skipped]
-    for kind, edits in asked.edits.items():
-        found = perturb(explainer.predictor, genes, edits.table, both_strands=both)
-        result.effects[kind] = found.table
-        skipped += [_reasons(edits.skipped), _reasons(found.skipped)]
-        _write(out / f"{kind}.tsv", found.table)
-    result.skipped = pd.concat(skipped, ignore_index=True)
     _write_skipped(result)
     write_report(result)
     return result
+
+
+def _perturb(result: Interpretation, request: Request, asked: _Asked) -> None:
+    """Predict the effects of all edits, then write them; refuse if nothing can be done at all."""
+    both = run_config(find_run(request.run)).train.reverse_complement > 0
+    skipped = [result.skipped]
+    for kind, edits in asked.edits.items():
+        found = perturb(request.predictor, result.genes, edits.table, both_strands=both)
+        result.effects[kind] = found.table
+        skipped += [_reasons(edits.skipped), _reasons(found.skipped)]
+    result.skipped = pd.concat(skipped, ignore_index=True)
+    if not asked.methods and all(table.empty for table in result.effects.values()):
+        first = result.skipped.iloc[-1] if len(result.skipped) else None
+        reason = "the file is empty" if first is None else f"{first['name']}: {first['reason']}"
+        raise UserError(f"None of the edits can be scored ({reason}). Check positions and build.")
+    for kind, table in result.effects.items():
+        _write(result.out / f"{kind}.tsv", table)
+
+
+def _check_bases(explainer: Explainer, genes: pd.DataFrame) -> None:
+    """Refuse to limit single-base changes to bases of which no window has any."""
+    bases = explainer.bases
+    if bases is not None and not interval_mask(bases, explainer.windows(genes)).any():
+        raise UserError(
+            "None of the bases to change lies in a window of the genes. Check that --bases, genes "
+            "and genome are of one build."
+        )
+
+
+def _read_motifs(paths: Sequence[str | os.PathLike]) -> list[Motif]:
+    """Read motifs, and import what will be needed with them, so as to refuse before any work."""
+    motifs = [motif for path in paths for motif in read_motifs(path)]
+    if motifs:
+        for module in ("memelite", "tangermeme.seqlet", "logomaker"):
+            optional(module)
+    return motifs
 
 
 def _read_edits(

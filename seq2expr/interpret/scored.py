@@ -27,6 +27,8 @@ class Settings(Strict):
         Correlation below which it is flagged, for methods without a convergence figure.
     smooth_bp
         Width over which scores of single bases are averaged (as magnitudes) to give elements.
+    control_smooth_bp
+        Width over which tracks are averaged where they are compared with the methods.
     high_share, low_share
         Shares of the bases of training genes above the two thresholds of region calling.
     min_bp, merge_bp
@@ -38,19 +40,28 @@ class Settings(Strict):
     """
 
     block_bp: int = pydantic.Field(20, ge=2)
-    occlusion_bp: int = pydantic.Field(20, ge=1)
+    occlusion_bp: int = pydantic.Field(20, ge=2)
     block: Literal["shuffle", "delete"] = "shuffle"
     n_shuffles: int = pydantic.Field(8, ge=1)
     ig_steps: int = pydantic.Field(50, ge=1)
     max_delta: float = pydantic.Field(0.1, gt=0)
     min_stability: float = pydantic.Field(0.5, ge=-1, le=1)
     smooth_bp: int = pydantic.Field(51, ge=1)
+    control_smooth_bp: int = pydantic.Field(101, ge=1)
     high_share: float = pydantic.Field(0.05, gt=0, lt=1)
     low_share: float = pydantic.Field(0.15, gt=0, lt=1)
     min_bp: int = pydantic.Field(20, ge=1)
     merge_bp: int = pydantic.Field(20, ge=0)
     calibration_genes: int = pydantic.Field(32, ge=1)
     null: Literal["sequence", "tracks"] = "sequence"
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> "Settings":
+        if self.low_share < self.high_share:
+            raise ValueError(
+                f"high_share ({self.high_share:g}) is above low_share ({self.low_share:g})"
+            )
+        return self
 
 
 class Scored(NamedTuple):
@@ -94,7 +105,7 @@ class Scored(NamedTuple):
         effects: np.ndarray | None = None,
     ) -> "Scored":
         """Scores with their Pearson correlation to those of a slightly changed window."""
-        varied = scores.std() > 0 and other.std() > 0
+        varied = scores.size and np.ptp(scores) > 0 and np.ptp(other) > 0
         stability = float(np.corrcoef(scores, other)[0, 1]) if varied else float("nan")
         low = not stability >= settings.min_stability
         return cls(scores, stability, "stability", low, effects)

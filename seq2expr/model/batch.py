@@ -21,7 +21,8 @@ class Batch(ModelOutput):
         uint8 [B, L]: A0 C1 G2 T3 N4, transcribed orientation; or float [B, L, 4], one-hot or
         relaxed, where a method of interpretation differentiates by the sequence.
     signal
-        Stored track values [B, S, L/bin]; physical value = ``signal * signal_scale``.
+        Stored track values [B, S, L/bin], or [1, S, L/bin] where all rows have the same (changed
+        copies of one window); physical value = ``signal * signal_scale``.
     signal_scale
         float32 [S].
     keep

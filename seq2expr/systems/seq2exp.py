@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 from seq2expr.model.backbones import build_backbone
@@ -81,8 +82,11 @@ class Seq2ExpConfig(SystemConfig):
         Width of the base embeddings, of the predictor, and of the generator (by default that of
         the predictor).
     mask
-        ``soft``, ``hard``, ``none`` (unmasked twin: the predictor sees everything), or
-        ``promoter`` (promoter-only twin: it sees nothing but the forced promoter).
+        ``soft``, ``hard``, ``none`` (unmasked twin: the predictor sees everything),
+        ``promoter`` (promoter-only twin: it sees nothing but the forced promoter), or ``track``
+        (a fixed mask: the ``top_k`` share of each window that ``mask_track`` ranks highest).
+    mask_track
+        Name of that track; it is no input of the predictor.
     promoter_bp
         Width of the promoter around the TSS where the mask is forced to 1; at most a tenth of
         the window. 0 forces nothing.
@@ -109,7 +113,8 @@ class Seq2ExpConfig(SystemConfig):
     exact_product
         Multiply densities exactly (Beta(a1 + a2 - 1, b1 + b2 - 1)).
     top_k
-        At test, keep this share of the window with the largest mean instead of the mask.
+        At test, keep this share of the window with the largest mean instead of the mask; with
+        ``mask: track`` in training too.
     pack
         Hard masks: run the predictor on the kept bases only (bimamba).
     """
@@ -124,6 +129,7 @@ class Seq2ExpConfig(SystemConfig):
     d_model: int = 128
     d_generator: int | None = None
     mask: str = "soft"
+    mask_track: str | None = None
     promoter_bp: int = 200
     pool: str = "promoter"
     floor: float | None = None
@@ -140,7 +146,7 @@ class Seq2ExpConfig(SystemConfig):
     pack: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        allowed = {"mask": ("soft", "hard", "none", "promoter")}
+        allowed = {"mask": ("soft", "hard", "none", "promoter", "track")}
         allowed["pool"] = ("promoter", "mean", "attention")
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -154,6 +160,10 @@ class Seq2ExpConfig(SystemConfig):
             )
         if self.mask == "promoter" and not self.promoter_bp:
             raise UserError("model.mask is promoter; set model.promoter_bp above 0.")
+        if (self.mask == "track") != (self.mask_track is not None):
+            raise UserError("model.mask: track and model.mask_track belong together; set both.")
+        if self.mask == "track" and self.top_k is None:
+            raise UserError("model.mask is track; set model.top_k to the share that it keeps.")
         published = PUBLISHED["hard" if self.mask == "hard" else "soft"]
         if self.faithful:
             published = published | _PUBLISHED_TRACKS
@@ -195,13 +205,18 @@ class Seq2Exp(System):
 
     def __init__(self, config: Seq2ExpConfig):
         super().__init__(config)
-        tracks = len(config.tracks or [])
+        tracks = [name for name in config.tracks or [] if name != config.mask_track]
+        if config.mask == "track" and len(tracks) == len(config.tracks or []):
+            raise UserError(
+                f"model.mask_track is {config.mask_track!r}, which is no track of the data; there "
+                f"are {', '.join(tracks) or 'none'}."
+            )
         self.normalise = SignalNorm(
             None if config.faithful else config.signal_center,
             None if config.faithful else config.signal_spread,
         )
         self.embed_sequence = nn.Linear(4, config.d_embed)
-        self.embed_signal = nn.Linear(tracks, config.d_embed) if tracks else None
+        self.embed_signal = nn.Linear(len(tracks), config.d_embed) if tracks else None
         self.predictor = build_backbone(
             config.backbone, config.d_embed, config.d_model, config.predictor
         )
@@ -249,13 +264,15 @@ class Seq2Exp(System):
         signal = None
         if self.embed_signal is not None:
             signal = self.normalise(batch.signal, batch.signal_scale)  # [B, S, L/bin]
-        sequence = self.embed_sequence(one_hot(batch.codes, self.embed_sequence.weight.dtype))
+            inputs = [name != self.config.mask_track for name in self.config.tracks]
+            signal = signal[:, inputs] if self.config.mask == "track" else signal
+        sequence = self._embed(batch.codes)
         inputs = sequence
         if signal is not None:
             embedded = self.embed_signal(signal.transpose(1, 2).to(sequence.dtype))
             inputs = sequence + resample(embedded, sequence.shape[1])
         if self.to_logits is None:
-            mask = self._fixed_mask(batch) if self.config.mask == "promoter" else None
+            mask = None if self.config.mask == "none" else self._fixed_mask(batch)
             return self._encode_masked(inputs, mask, batch)
         if self.shared:
             inputs = inputs + self.positional
@@ -273,6 +290,16 @@ class Seq2Exp(System):
         else:
             encoded = self._encode_masked(inputs, mask, batch)
         return dataclasses.replace(encoded, importance=importance, losses=losses)
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        """Embed the sequence [B, L, d]."""
+        dtype = self.embed_sequence.weight.dtype
+        if codes.dim() == 3 or torch.is_grad_enabled():
+            return self.embed_sequence(one_hot(codes, dtype))
+        # Five embeddings and a lookup cost a fraction, but the gradient of a lookup is a running
+        # sum over all bases, which in bfloat16 loses most of them.
+        table = self.embed_sequence(one_hot(torch.arange(5, device=codes.device)[None], dtype))[0]
+        return F.embedding(codes.int(), table)
 
     def _betas(self, source: Tensor, signal: Tensor | None) -> list[BetaParameters]:
         """Betas by the sequence and, where there are tracks, by the signals, both [B, P].
@@ -315,7 +342,13 @@ class Seq2Exp(System):
         return torch.where(forced, torch.ones_like(mask), mask), importance
 
     def _fixed_mask(self, batch: Batch) -> Tensor:
+        """Mask of the promoter-only twin, or of the track that ranks the bases [B, L]."""
         mask = torch.zeros(batch.codes.shape[:2], device=batch.codes.device)
+        if self.config.mask == "track":
+            channel = self.config.tracks.index(self.config.mask_track)
+            ranking = spread_bins(batch.signal[:, channel].float(), mask.shape[1])
+            mask = top_k(ranking, self.config.top_k)
+            mask = mask if batch.keep is None else mask * batch.keep
         mask[:, self.promoter] = 1
         return mask
 

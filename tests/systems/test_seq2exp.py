@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from seq2expr.errors import UserError
+from seq2expr.model.beta import combine
 from seq2expr.model.layers import one_hot
 from seq2expr.systems.seq2exp import Seq2Exp, Seq2ExpConfig, pack_rows
 from tests.toy import TARGETS, TRACKS, WIDTH, toy_batch, toy_system
@@ -400,3 +401,32 @@ def test_a_sequence_only_model_has_no_signal_part():
     answer = system(ids=batch.ids, codes=batch.codes)
     assert answer.mean.shape == (4, len(TARGETS))
     assert answer.loss is None
+
+
+def test_a_track_as_mask_keeps_its_highest_bases_and_is_no_input():
+    settings = {"mask": "track", "mask_track": "dnase", "top_k": 0.25, "promoter_bp": 0}
+    system, batch = toy_system(**settings), toy_batch()
+    assert system.embed_signal.in_features == 2
+    mask = system._fixed_mask(batch)
+    assert (mask.sum(1)[:3] == WIDTH // 4).all()
+    kept = mask[0] > 0
+    assert batch.signal[0, 1, kept].min() >= batch.signal[0, 1, ~kept].max()
+    assert (mask[-1, -20:] == 0).all()  # beyond the chromosome
+    louder = batch.signal.clone()
+    louder[:, 1] *= 3  # the same ranking
+    changed_track = system(**changed(batch, signal=louder)).mean
+    torch.testing.assert_close(changed_track, system(**batch).mean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": "track"}, "belong together"),
+        ({"mask_track": "dnase"}, "belong together"),
+        ({"mask": "track", "mask_track": "dnase"}, "top_k"),
+        ({"mask": "track", "mask_track": "cage", "top_k": 0.1}, "no track of the data"),
+    ],
+)
+def test_a_track_as_mask_needs_its_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        toy_system(**settings)
