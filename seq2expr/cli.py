@@ -165,7 +165,7 @@ def interpret(
     result = interpret(
         run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
         features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
-        methods=[] if method == "none" else method.split(","), target=target, delete=delete,
+        methods=_names(method), target=target, delete=delete,
         insert=insert, variants=variants, motifs=motifs or (), peaks=peaks or (),
         fragments=fragments, truth=truth, bases=bases, overrides=overrides or (), out=out,
         verify=verify,
@@ -248,6 +248,11 @@ def _say_skipped(count: int, out: Path) -> None:
     if count:
         _say(f"{count:,} could not be done; the reasons are in {out}.skipped.tsv.")
         raise typer.Exit(SOME_SKIPPED)
+
+
+def _names(text: str) -> list[str]:
+    """Split a comma list; ``none`` is an empty one."""
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
 
 
 def _pairs(texts: list[str] | None, flag: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from seq2expr.dna.names import suggest_mapping
 from seq2expr.errors import Seq2ExprWarning
 from seq2expr.interpret.attribution import Attribution
 from seq2expr.interpret.explain import Explainer
+from seq2expr.interpret.methods import METHODS
 from seq2expr.interpret.regions import Thresholds, call_all, fit_thresholds
 from seq2expr.interpret.significance import add_significance, null_maxima
 from seq2expr.learn.runs import find_run, run_config
@@ -26,7 +27,7 @@ class Calibration(NamedTuple):
     thresholds
         Fitted on training genes.
     null
-        Strongest region of the shuffled window of each of these genes (see
+        Strongest region of each shuffled window of these genes (see
         :func:`seq2expr.interpret.significance.null_maxima`).
     """
 
@@ -63,22 +64,24 @@ def training_genes(
 
 
 def calibrate(explainer: Explainer, method: str, genes: pd.DataFrame) -> Calibration:
-    """Fit thresholds on genes, and score their shuffled windows."""
+    """Fit thresholds on genes, and score shuffled copies of their windows."""
     windows = explainer.windows(genes)
     keep = explainer.keep(windows)
     settings = explainer.settings
+    rounds = -(-settings.null_windows // len(genes)) if METHODS[method].one_pass else 1
 
-    def scores(*, null: bool) -> np.ndarray:
-        what = f"{method}, {'shuffled' if null else 'training'} windows"
+    def scores(null: int) -> np.ndarray:
         found = explainer.attributions(genes, method, null=null)
-        return explainer.element_scores(
-            method, stack(progress(found, total=len(genes), what=what, unit="genes")), keep
-        )
+        return explainer.element_scores(method, stack(found), keep)
 
     shares = {"high_share": settings.high_share, "low_share": settings.low_share}
-    thresholds = fit_thresholds(scores(null=False), keep, method=method, **shares)
+    thresholds = fit_thresholds(scores(0), keep, method=method, **shares)
     gaps = {"min_bp": settings.min_bp, "merge_bp": settings.merge_bp}
-    return Calibration(thresholds, null_maxima(scores(null=True), thresholds, keep, **gaps))
+    shuffles = progress(
+        range(1, rounds + 1), what=f"{method}, shuffled", unit=f"x{len(genes)} windows"
+    )
+    null = [null_maxima(scores(number), thresholds, keep, **gaps) for number in shuffles]
+    return Calibration(thresholds, np.concatenate(null))
 
 
 def call(

@@ -84,7 +84,7 @@ class Explainer:
         values = values.repeat(reader.bin_bp, axis=-1)
         return dict(zip(self.predictor.model.config.tracks, values.swapaxes(0, 1), strict=True))
 
-    def probe(self, gene: pd.DataFrame) -> Probe:
+    def probe(self, gene: pd.DataFrame, *, seed: int = 0) -> Probe:
         """Open the window of one gene (a table of one row)."""
         reader = self.predictor.windows
         probe = Probe(
@@ -92,6 +92,7 @@ class Explainer:
             self.predictor.batch(gene),
             anchor=reader.anchor,
             target=self.predictor.model.config.targets.index(self.target),
+            seed=seed,
         )
         if self.bases is not None:
             asked = interval_mask(self.bases, self.windows(gene))[0]
@@ -99,9 +100,9 @@ class Explainer:
             probe.asked = torch.from_numpy(turned.copy()).to(probe.device)
         return probe
 
-    def null_probe(self, gene: pd.DataFrame) -> Probe:
+    def null_probe(self, gene: pd.DataFrame, *, seed: int = 1) -> Probe:
         """Open the window with its sequence shuffled, or its tracks rotated (``null``)."""
-        probe = self.probe(gene)
+        probe = self.probe(gene, seed=seed)
         if self.settings.null == "tracks":
             turned = rotate_tracks(probe.fields["signal"][0].cpu().numpy(), probe.random)
             probe.fields["signal"] = torch.from_numpy(turned.copy()).unsqueeze(0).to(probe.device)
@@ -112,12 +113,12 @@ class Explainer:
         return probe
 
     def attributions(
-        self, genes: pd.DataFrame, method: str, *, null: bool = False
+        self, genes: pd.DataFrame, method: str, *, null: int = 0
     ) -> Iterator[Attribution]:
-        """Yield the attribution of each gene, or of its null window."""
+        """Yield the attribution of each gene, or (above 0) of that null window of it."""
         for row, window in enumerate(self.windows(genes).itertuples(False)):
             gene = genes.iloc[[row]]
-            probe = self.null_probe(gene) if null else self.probe(gene)
+            probe = self.null_probe(gene, seed=null) if null else self.probe(gene)
             found = METHODS[method].score(probe, self.settings)
             minus = self._minus(gene)
             effects = found.effects

@@ -41,6 +41,8 @@ class Method(NamedTuple):
         system's own; None for methods that any system has.
     element_wide
         Scores are already those of elements; scores of single bases are smoothed first.
+    one_pass
+        Takes a pass or two, so that many null windows can be afforded.
     check
         Refuses, before any work, settings and windows with which it cannot be done.
     """
@@ -49,6 +51,7 @@ class Method(NamedTuple):
     what: str
     field: str | None = None
     element_wide: bool = False
+    one_pass: bool = False
     check: Callable[[Probe, Settings], object] | None = None
 
 
@@ -74,16 +77,16 @@ def _values(answer: Prediction, field: str) -> np.ndarray:
 
 
 METHODS: Mapping[str, Method] = {
-    "mask": Method(_own("importance"), "the system's own mask", "importance", True),
-    "inputxgrad": Method(input_x_gradient, "gradient at the observed bases"),
+    "mask": Method(_own("importance"), "the system's own mask", "importance", True, True),
+    "inputxgrad": Method(input_x_gradient, "gradient at the observed bases", one_pass=True),
     "ig": Method(integrated_gradients, "integrated gradients from shuffled baselines"),
     "ism": Method(single_bases, "every single-base change"),
-    "block": Method(blocks, "blocks shuffled or deleted", None, True, block_starts),
+    "block": Method(blocks, "blocks shuffled or deleted", element_wide=True, check=block_starts),
     "deeplift": Method(deeplift, "DeepLIFT/SHAP through tangermeme", check=tangermeme_engine),
     "occlusion": Method(
-        occlusion, "stretches hidden, tracks included", None, True, occlusion_starts
+        occlusion, "stretches hidden, tracks included", element_wide=True, check=occlusion_starts
     ),
-    "attention": Method(_own("attention"), "attention of the pooling", "attention", True),
+    "attention": Method(_own("attention"), "attention of the pooling", "attention", True, True),
 }
 """Methods by the name used on the command line."""
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -225,8 +225,10 @@ def _run(request: Request, explainer: Explainer, asked: _Asked, out: Path) -> In
     if asked.methods:
         _score(result, asked.methods)
         training = training_genes(explainer, request.run, genes)
+        # Thresholds are those of whole windows, whatever bases are asked for.
+        whole = replace(explainer, bases=None)
         for method in asked.methods:
-            result.calibrations[method] = calibrate(explainer, method, training)
+            result.calibrations[method] = calibrate(whole, method, training)
         _call(result)
         if asked.motifs:
             _name(result, asked.motifs)

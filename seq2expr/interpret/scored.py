@@ -35,6 +35,9 @@ class Settings(Strict):
         Shortest region, and the largest gap within one.
     calibration_genes
         Training genes on which thresholds are fitted, and whose shuffled windows are the null.
+    null_windows
+        Shuffled windows of the null, for methods of one pass; others take one per such gene, so
+        that no p-value is below 1 / (calibration_genes + 1).
     null
         What is shuffled for significance: the sequence (tracks stay), or the tracks (rotated).
     """
@@ -53,6 +56,7 @@ class Settings(Strict):
     min_bp: int = pydantic.Field(20, ge=1)
     merge_bp: int = pydantic.Field(20, ge=0)
     calibration_genes: int = pydantic.Field(32, ge=1)
+    null_windows: int = pydantic.Field(256, ge=1)
     null: Literal["sequence", "tracks"] = "sequence"
 
     @pydantic.model_validator(mode="after")

@@ -24,7 +24,7 @@ def request_(world, trained):
 
 @pytest.fixture(scope="module")
 def explainer(request_):
-    return Explainer(request_.predictor, TARGET, Settings(calibration_genes=4))
+    return Explainer(request_.predictor, TARGET, Settings(calibration_genes=4, null_windows=4))
 
 
 def with_genes(genes, *, lengths=None, **settings):
@@ -111,7 +111,7 @@ class Planted:
         self.element_scores = explainer.element_scores
         self.genes, self.calls = genes, []
 
-    def attributions(self, genes, method, *, null=False):
+    def attributions(self, genes, method, *, null=0):
         self.calls.append((method, null, genes["gene_id"].tolist()))
         for row in range(len(genes)):
             values = np.linspace(0, 1, 512)
@@ -126,14 +126,14 @@ def test_thresholds_are_those_of_training_windows_and_the_null_that_of_shuffled(
     planted = Planted(explainer, genes)
     found = calibrate(planted, "mask", genes)
     ids = genes["gene_id"].tolist()
-    assert planted.calls == [("mask", False, ids), ("mask", True, ids)]
+    assert planted.calls == [("mask", 0, ids), ("mask", 1, ids), ("mask", 2, ids)]
     ramp = np.linspace(0, 1, 512)
     # At most that share of the bases: of 512, in steps of one, and rounded down over windows.
     assert 0.045 < np.mean(ramp >= found.thresholds.high) <= 0.05
     assert 0.145 < np.mean(ramp >= found.thresholds.low) <= 0.15
     assert found.thresholds.method == "mask"
     assert found.thresholds.n_genes == 3
-    np.testing.assert_allclose(found.null, 50 * np.arange(1, 4))
+    np.testing.assert_allclose(found.null, [50, 100, 150] * 2)  # four null windows, three genes
 
 
 def test_a_run_is_calibrated_the_same_twice(explainer, trained):
@@ -147,7 +147,7 @@ def test_a_run_is_calibrated_the_same_twice(explainer, trained):
 
 def test_shares_are_settings(explainer, trained):
     genes = training_genes(explainer, trained, explainer.predictor.inputs.genes)
-    settings = Settings(calibration_genes=4, high_share=0.3, low_share=0.4)
+    settings = Settings(calibration_genes=4, null_windows=4, high_share=0.3, low_share=0.4)
     loose = calibrate(dataclasses.replace(explainer, settings=settings), "mask", genes)
     assert loose.thresholds.high <= calibrate(explainer, "mask", genes).thresholds.low
 
@@ -170,3 +170,8 @@ def test_regions_are_called_and_judged(explainer):
 def test_attributions_are_stacked_per_base():
     rows = [SimpleNamespace(per_base=np.arange(3.0)), SimpleNamespace(per_base=np.ones(3))]
     assert stack(rows).tolist() == [[0, 1, 2], [1, 1, 1]]
+
+
+def test_methods_of_many_passes_take_one_null_window_per_gene(explainer):
+    genes = explainer.predictor.inputs.genes.query("chrom == 'chr2'").iloc[1:4]
+    assert len(calibrate(Planted(explainer, genes), "ism", genes).null) == 3

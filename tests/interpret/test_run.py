@@ -19,7 +19,7 @@ from tests.runs import TARGET
 
 WIDTH = 512
 GENES = ["Sim12", "Sim13", "Sim14"]
-FEW = ["calibration_genes=2"]
+FEW = ["calibration_genes=2", "null_windows=2"]
 
 
 @pytest.fixture(scope="module")
