@@ -13,7 +13,11 @@ from seq2expr.interpret.probe import Probe
 from seq2expr.interpret.scored import Scored, Settings
 
 MAX_ERROR = 1e-4
-"""Largest difference to the full computation, relative to the largest effect."""
+"""Largest difference to the full computation, relative to the largest effect.
+
+Where the largest effect is below a hundredth of the prediction, relative to that: smaller ones
+are near the rounding of single precision.
+"""
 
 _CHECKED = 24  # copies that are computed in full as well
 
@@ -23,7 +27,7 @@ def single_bases(probe: Probe, settings: Settings) -> Scored:
 
     e_l[b] = f(x with b at l) - f(x), s_l = -mean of e_l over the three others: positive where the
     observed base raises the prediction. The figure is the largest error of the shortened
-    computation on some copies that are computed in full too, relative to the largest effect.
+    computation on some copies that are computed in full too (see :data:`MAX_ERROR`).
     """
     length = len(probe.codes)
     wanted = (probe.asked & probe.counts).nonzero().flatten()
@@ -38,7 +42,8 @@ def single_bases(probe: Probe, settings: Settings) -> Scored:
     effects[edits[:, 0], edits[:, 1]] = answers - reference
     some = torch.linspace(0, len(edits) - 1, min(_CHECKED, len(edits))).long()
     gap = (probe.answers(_substituted(probe.codes, edits[some])) - answers[some]).abs()
-    error = float((gap / effects.abs().max().clamp_min(1e-9)).amax()) if len(some) else 0.0
+    scale = torch.maximum(effects.abs().max(), reference.abs() / 100).clamp_min(1e-9)
+    error = float((gap / scale).amax()) if len(some) else 0.0
     effects = effects.cpu().numpy()
     scores = np.full(length, np.nan, dtype=np.float32)
     scores[wanted.cpu().numpy()] = -effects[wanted.cpu().numpy()].sum(1) / 3
