@@ -19,7 +19,8 @@ from seq2expr.interpret.tables import write_bed
 from seq2expr.learn.dataset import data_files
 from seq2expr.learn.evaluate import MODEL, Evaluation, evaluate
 from seq2expr.learn.metrics import average_precision
-from seq2expr.learn.predict import open_predictor, predict
+from seq2expr.learn.predict import predict
+from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run, run_config, training_history
 from seq2expr.learn.train import train
 from seq2expr.locus import locus

@@ -74,7 +74,7 @@ VICTIMS = {
     "after the last patience": ("seq2expr.learn.trainer:SystemTrainer._load_best_model", 1, WILD),
     "with patience left": ("seq2expr.learn.trainer:SystemTrainer._save_checkpoint", 4, WILD),
 }
-PREDICT = ("seq2expr.learn.predict:Predictor.tables", 4)
+PREDICT = ("seq2expr.learn.predictor:Predictor.tables", 4)
 
 
 def environment():

@@ -4,11 +4,8 @@ The unit is the window of a gene: bases of all windows are pooled, and whole win
 A base that lies in the windows of two genes counts once in each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -19,10 +16,16 @@ from scipy.stats import rankdata
 
 from seq2expr.errors import UserError
 from seq2expr.interpret.peaks import interval_mask, window_bp
-from seq2expr.learn.bootstrap import Bootstrap, resample
+from seq2expr.interpret.ranking import (
+    Truth,
+    area_difference,
+    average_precision,
+    enrichment_at,
+    estimate,
+    precision_difference,
+)
+from seq2expr.learn.bootstrap import Bootstrap
 from seq2expr.plot import GREY, PALETTE, SMALL, plain, style_axes
-
-_BINS = 1024
 
 
 def truth_labels(truth: pd.DataFrame, windows: pd.DataFrame, *, flank_bp: int = 0) -> np.ndarray:
@@ -104,11 +107,11 @@ def ranked(
     """
     if wrong := [share for share in coverage if not 0 < share <= 1]:
         raise UserError(f"A coverage of {wrong[0]} is no share; give values above 0, at most 1.")
-    truth = _Truth.of(labels, keep)
-    statistics = [_average_precision, *(_enrichment_at(share) for share in coverage)]
+    truth = Truth.of(labels, keep)
+    statistics = [average_precision, *(enrichment_at(share) for share in coverage)]
     rows = []
     for name, score in scores.items():
-        area, *rest = _estimate(statistics, [truth.rank(name, score)], n_boot=n_boot, seed=seed)
+        area, *rest = estimate(statistics, [truth.rank(name, score)], n_boot=n_boot, seed=seed)
         row = {"method": name, "average_precision": area.value}
         row |= dict(zip(("low", "high"), area.interval(), strict=True))
         row |= {"prevalence": truth.prevalence, "n_genes": truth.n_genes, "n_bases": truth.n_bases}
@@ -152,14 +155,14 @@ def paired(
     """
     if best not in scores:
         raise UserError(f"No score is called {best!r}; choose from {', '.join(scores)}.")
-    truth = _Truth.of(labels, keep)
+    truth = Truth.of(labels, keep)
     ours = truth.rank(best, scores[best])
     rows = []
     for name in scores:
         if name == best:
             continue
         theirs = truth.rank(name, scores[name])
-        (found,) = _estimate([_area_difference], [ours, theirs], n_boot=n_boot, seed=seed)
+        (found,) = estimate([area_difference], [ours, theirs], n_boot=n_boot, seed=seed)
         row = {"method": best, "other": name} | _difference_columns(found)
         rows.append(row | {"n_genes": truth.n_genes})
     columns = ["method", "other", "difference", "low", "high", "verdict", "n_genes"]
@@ -201,7 +204,7 @@ def binary(
     UserError, ValueError
         As for :func:`ranked`.
     """
-    truth = _Truth.of(labels, keep)
+    truth = Truth.of(labels, keep)
     masks = {name: np.asarray(mask, bool) for name, mask in masks.items()}
     own = {name: truth.rank(name, mask) for name, mask in masks.items()}
     n_called = {name: int(mask[truth.keep].sum()) for name, mask in masks.items()}
@@ -212,7 +215,7 @@ def binary(
             row = truth.cut(method, ranking, n_called[name])
             if n_called[name]:
                 pair = [ranking, own[name]]
-                (found,) = _estimate([_precision_difference], pair, n_boot=n_boot, seed=seed)
+                (found,) = estimate([precision_difference], pair, n_boot=n_boot, seed=seed)
                 row |= _difference_columns(found)
             rows[name].append(row)
     columns = ["peaks", "method", "n_called", "share", "precision", "recall", "enrichment"]
@@ -288,11 +291,11 @@ def coverage_curve(
     ax
         Where to draw; by default a new figure of 6.4 × 3.6 inches.
     """
-    truth = _Truth.of(labels, keep)
+    truth = Truth.of(labels, keep)
     share = np.geomspace(1e-3, 1, 200)
     ax = ax or Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
     for index, (name, score) in enumerate(scores.items()):
-        (enrichment,) = _enrichment_at(share)(truth.rank(name, score).exact)
+        (enrichment,) = enrichment_at(share)(truth.rank(name, score).exact)
         ax.plot(
             100 * share,
             enrichment,
@@ -315,165 +318,6 @@ def coverage_curve(
         alignment="left",
     )
     return ax.figure
-
-
-class _Counts(NamedTuple):
-    """Bases by bins of falling score, of one or several sets of bases."""
-
-    found: np.ndarray  # [R, B] true ones
-    called: np.ndarray  # [R, B] all
-
-
-class _Ranking(NamedTuple):
-    """The bases in order of a score: all in one set, and each gene with coarser bins."""
-
-    exact: _Counts  # [1, distinct scores]
-    genes: _Counts  # [N, at most _BINS]
-
-    def weighted(self, weights: np.ndarray) -> _Counts:
-        """Pool the genes as often as the weights [R, N] say."""
-        return _Counts(weights @ self.genes.found, weights @ self.genes.called)
-
-
-_Statistic = Callable[..., np.ndarray]
-"""Of the :class:`_Counts` [R, B] of one or two rankings, giving values [R]."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Truth:
-    """The kept bases of all windows in one row each: which are true, and whose they are."""
-
-    keep: np.ndarray  # bool [N, L]
-    labels: np.ndarray  # bool [n_bases]
-    gene: np.ndarray  # int [n_bases], numbers without gaps
-
-    @classmethod
-    def of(cls, labels: np.ndarray, keep: np.ndarray | None) -> Self:
-        labels = np.asarray(labels, bool)
-        keep = np.ones_like(labels) if keep is None else np.asarray(keep, bool)
-        if labels.ndim != 2 or keep.shape != labels.shape:
-            raise ValueError(f"labels {labels.shape} and keep {keep.shape} must both be [N, L]")
-        if not labels[keep].any():
-            raise UserError(
-                f"None of the {keep.sum():,} bases of {len(labels):,} windows is labelled true; "
-                "give true intervals of these genes, in the chromosome names of the genome."
-            )
-        gene = np.cumsum(keep.any(axis=1)) - 1
-        return cls(keep, labels[keep], np.repeat(gene, keep.sum(axis=1)))
-
-    @property
-    def n_genes(self) -> int:
-        return int(self.gene[-1]) + 1
-
-    @property
-    def n_bases(self) -> int:
-        return self.labels.size
-
-    @property
-    def prevalence(self) -> float:
-        return float(self.labels.mean())
-
-    def rank(self, name: str, score: np.ndarray) -> _Ranking:
-        score = np.asarray(score)
-        if score.shape != self.keep.shape:
-            raise ValueError(f"{name} has shape {score.shape}, the labels {self.keep.shape}")
-        score = score[self.keep]
-        if not np.isfinite(score).all():
-            raise ValueError(f"{name} is not finite at {(~np.isfinite(score)).sum():,} bases")
-        distinct, level = np.unique(score, return_inverse=True)
-        block = len(distinct) - 1 - level  # 0 is the highest score
-        called = np.bincount(block)
-        found = np.bincount(block, weights=self.labels, minlength=len(distinct))
-        bins = np.arange(len(distinct))
-        if len(distinct) > _BINS:
-            # Fine at the top, where precision changes fast: the bin grows with the root of rank.
-            bins = (_BINS * np.sqrt((called.cumsum() - called) / self.n_bases)).astype(int)
-        n_bins = int(bins[-1]) + 1
-        cell = self.gene * n_bins + bins[block]
-        shape = self.n_genes, n_bins
-        by_gene = [
-            np.bincount(cell, weights=weights, minlength=n_bins * self.n_genes).reshape(shape)
-            for weights in (self.labels, None)
-        ]
-        exact = _Counts(found[None], called[None])
-        return _Ranking(exact, _Counts(by_gene[0], by_gene[1].astype(np.float64)))
-
-    def cut(self, method: str, ranking: _Ranking, n_called: int) -> dict:
-        """Describe the first bases of a ranking, as a row of :func:`binary`."""
-        hits = float(_hits_at(ranking.exact, np.array([n_called]))[0])
-        precision = hits / n_called if n_called else np.nan
-        return {
-            "method": method,
-            "n_called": n_called,
-            "share": n_called / self.n_bases,
-            "precision": precision,
-            "recall": hits / self.labels.sum() if n_called else np.nan,
-            "enrichment": precision / self.prevalence,
-            "n_genes": self.n_genes,
-            "n_bases": self.n_bases,
-        }
-
-
-def _estimate(
-    statistics: Sequence[_Statistic], rankings: Sequence[_Ranking], *, n_boot: int, seed: int
-) -> list[Bootstrap]:
-    """Give exact values of statistics, and binned ones of resamples of genes."""
-
-    def of_genes(weights: np.ndarray, statistic: _Statistic) -> np.ndarray:
-        return statistic(*(ranking.weighted(weights) for ranking in rankings))
-
-    found = resample(
-        [partial(of_genes, statistic=statistic) for statistic in statistics],
-        np.arange(len(rankings[0].genes.called)),
-        n_boot=n_boot,
-        seed=seed,
-    )
-    pooled = [ranking.exact for ranking in rankings]
-    estimates = []
-    for estimate, statistic in zip(found, statistics, strict=True):
-        value = float(statistic(*pooled)[0])
-        # Bins shift a statistic by up to 1e-3, all genes and resamples alike: shift back.
-        resamples = estimate.resamples + (value - estimate.value)
-        estimates.append(replace(estimate, value=value, resamples=resamples))
-    return estimates
-
-
-def _average_precision(counts: _Counts) -> np.ndarray:
-    hits = counts.found.cumsum(axis=1)
-    precision = hits / np.maximum(counts.called.cumsum(axis=1), 1)
-    positives = hits[:, -1]
-    area = (counts.found * precision).sum(axis=1) / np.maximum(positives, 1)
-    return np.where(positives > 0, area, np.nan)
-
-
-def _area_difference(ours: _Counts, theirs: _Counts) -> np.ndarray:
-    return _average_precision(ours) - _average_precision(theirs)
-
-
-def _enrichment_at(share: float | np.ndarray) -> _Statistic:
-    """Return the statistic at one coverage [R], or at several [R, K]."""
-
-    def enrichment(counts: _Counts) -> np.ndarray:
-        n_bases, positives = counts.called.sum(axis=1), counts.found.sum(axis=1)
-        hits = _hits_at(counts, np.multiply.outer(n_bases, share))
-        recall = (hits.T / np.where(positives > 0, positives, np.nan)).T
-        return recall / share
-
-    return enrichment
-
-
-def _precision_difference(score: _Counts, peaks: _Counts) -> np.ndarray:
-    """Precision of a score minus that of peaks, which are the first bin of their ranking."""
-    n_called = peaks.called[:, 0]
-    hits = _hits_at(score, n_called) - peaks.found[:, 0]
-    return hits / np.where(n_called > 0, n_called, np.nan)
-
-
-def _hits_at(counts: _Counts, n_called: np.ndarray) -> np.ndarray:
-    """True bases among the first n_called [R, ...]; a cut within a bin takes a part of it."""
-    called = np.pad(counts.called.cumsum(axis=1), ((0, 0), (1, 0)))
-    found = np.pad(counts.found.cumsum(axis=1), ((0, 0), (1, 0)))
-    return np.stack([np.interp(*row) for row in zip(n_called, called, found, strict=True)])
 
 
 def _difference_columns(found: Bootstrap) -> dict:

@@ -16,7 +16,7 @@ from seq2expr.interpret.probe import Probe
 from seq2expr.interpret.regions import on_chromosome, smooth
 from seq2expr.interpret.scored import Settings
 from seq2expr.interpret.significance import rotate_tracks, shuffle_codes
-from seq2expr.learn.predict import Predictor
+from seq2expr.learn.predictor import Predictor
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from seq2expr.dna.genome import encode, reverse_complement
 from seq2expr.dna.intervals import overlap
 from seq2expr.dna.tracks import bin_means
 from seq2expr.dna.variants import COLUMNS
 from seq2expr.dna.windows import Sites, WindowArrays, Windows
-from seq2expr.learn.dataset import to_batch
-from seq2expr.learn.predict import Predictor
+from seq2expr.learn.predictor import Predictor
 from seq2expr.progress import progress
 
 _CHUNK = 1024  # effects per table; keeps memory flat in their number
@@ -306,22 +304,12 @@ class _Job(NamedTuple):
             yield from self._answer(batch)
 
     def _answer(self, rows: list[_Row]) -> Iterator[tuple[tuple, np.ndarray]]:
-        model, features = self.predictor.model, self.predictor.features
-        device = next(model.parameters()).device
-        ids = [row.gene_id for row in rows]
         columns = zip(*(row.arrays for row in rows), strict=True)
         arrays = WindowArrays(*(None if c[0] is None else np.stack(c) for c in columns))
         if arrays.keep.all():
             arrays = arrays._replace(keep=None)
-        batch = to_batch(ids, arrays, self.predictor.windows)
-        if features is not None:
-            batch["features"] = torch.from_numpy(features.loc[ids].to_numpy(np.float32))
-        fields = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
-        with torch.inference_mode():
-            mean = model(**fields).mean.float().cpu().numpy()
+        batch = self.predictor.batch_of([row.gene_id for row in rows], arrays)
+        mean = self.predictor.answer(batch).mean.float().cpu().numpy()
         return zip([row.cells for row in rows], mean, strict=True)
 
 

@@ -19,7 +19,8 @@ from seq2expr.interpret.compare import (
     truth_labels,
 )
 from seq2expr.interpret.explain import Explainer
-from seq2expr.interpret.peaks import call_peaks, describe, peak_mask, read_score_track
+from seq2expr.interpret.macs3 import call_peaks
+from seq2expr.interpret.peaks import describe, peak_mask, read_score_track
 from seq2expr.interpret.regions import smooth
 from seq2expr.store import publish
 

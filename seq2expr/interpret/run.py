@@ -24,7 +24,7 @@ from seq2expr.interpret.regions import merge_genome_wide
 from seq2expr.interpret.rivals import Comparison, Rivals, compare_with, read_rivals
 from seq2expr.interpret.scored import Settings
 from seq2expr.interpret.seqlets import annotate, find_seqlets
-from seq2expr.learn.predict import Request, open_request
+from seq2expr.learn.predictor import Request, open_request
 from seq2expr.learn.runs import find_run, run_config
 from seq2expr.learn.tables import check_out
 from seq2expr.progress import progress

@@ -13,7 +13,8 @@ from seq2expr.config import TargetSpec
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_expression
 from seq2expr.learn.metrics import Metric, across_genes, paired_difference
-from seq2expr.learn.predict import ENDINGS, GENE_COLUMNS
+from seq2expr.learn.predict import ENDINGS
+from seq2expr.learn.predictor import GENE_COLUMNS
 from seq2expr.learn.rivals import Rivals, rivals
 from seq2expr.learn.source import Source, open_source
 from seq2expr.learn.tables import check_out, write_table

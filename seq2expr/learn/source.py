@@ -11,7 +11,7 @@ from seq2expr.config import DataConfig, RunConfig, parse_run_config, read_yaml
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, data_split, open_data
-from seq2expr.learn.predict import match_tracks, open_predictor
+from seq2expr.learn.predictor import match_tracks, open_predictor
 from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.progress import progress

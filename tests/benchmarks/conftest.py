@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 TABLES = pytest.StashKey[list[str]]()
@@ -23,6 +24,15 @@ def pytest_terminal_summary(terminalreporter, config):
     for table in config.stash.get(TABLES, []):
         terminalreporter.write_line("")
         terminalreporter.write_line(table)
+
+
+@pytest.fixture
+def one_thread():
+    """Keep torch to one thread, so that rates can be compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

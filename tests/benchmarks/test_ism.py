@@ -34,15 +34,10 @@ FLOOR = 2
 TOLERANCE = 1e-5
 """Largest difference between effects, the largest of which is about 0.1."""
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of the peer
+]
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyBigWig
 import pytest
-import torch
 
 from tests.benchmarks.peers import OURS, PEERS, Loci, Reader, Source, truth
 
@@ -28,7 +27,10 @@ TURN_S = 0.05
 FLOORS = {2114: {"GenVarLoader": 0.95}, 200_000: {"GenVarLoader": 4, "pysam + pyBigWig": 20}}
 """Least ratio of our best batch to the best batch of a peer."""
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of the peers
+]
 
 _LENGTH = 60_000_000
 
@@ -46,14 +48,6 @@ def source(tmp_path_factory) -> Source:
             _write_track(track, rng)
         (root / "complete").touch()
     return Source(root, root / "genome.fa", tracks)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("width", WINDOWS)

@@ -9,13 +9,12 @@ import time
 from importlib import resources
 
 import pytest
-import torch
 import yaml
 
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.dna.windows import Windows
-from seq2expr.learn import predict
-from seq2expr.learn.predict import open_predictor
+from seq2expr.learn import predictor as predictor_module
+from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run
 from seq2expr.model.system import system_class
 from seq2expr.simulate import Simulation, SimulationSettings, simulate
@@ -26,7 +25,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from seq2expr.dna.inputs import DnaFiles
-from seq2expr.learn.predict import open_predictor
+from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run
 run, genome, gtf, n, *tracks = sys.argv[1:]
 begin = time.perf_counter()
@@ -86,7 +85,7 @@ def _child(simulation: Simulation, run, n: int) -> tuple[int, float, float]:
 
 
 def test_loading_is_a_small_share_of_prediction(
-    benchmark, simulation, run, warm_cache, report, monkeypatch
+    benchmark, simulation, run, warm_cache, one_thread, report, monkeypatch
 ):
     spent = 0.0
 
@@ -103,14 +102,11 @@ def test_loading_is_a_small_share_of_prediction(
     predictor = open_predictor(load_run(run), _files(simulation))
     genes = predictor.inputs.genes.head(1000)
     list(predictor.predictions(genes.head(64)))
-    for owner, name in ((Windows, "sites"), (Windows, "read"), (predict, "to_batch")):
+    for owner, name in ((Windows, "sites"), (Windows, "read"), (predictor_module, "to_batch")):
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     begin = time.perf_counter()
     benchmark.pedantic(lambda: list(predictor.predictions(genes)), rounds=1)
     whole = time.perf_counter() - begin
-    torch.set_num_threads(threads)
     report(
         f"predict, {len(genes):,} genes: {len(genes) / whole:,.0f} genes/s, "
         f"loading {spent / whole:.1%} of it"

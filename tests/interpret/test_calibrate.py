@@ -12,7 +12,7 @@ from seq2expr.interpret.calibrate import Calibration, calibrate, call, stack, tr
 from seq2expr.interpret.explain import Explainer
 from seq2expr.interpret.regions import Thresholds
 from seq2expr.interpret.scored import Settings
-from seq2expr.learn.predict import open_request
+from seq2expr.learn.predictor import open_request
 from seq2expr.learn.runs import run_config
 from tests.runs import TARGET
 

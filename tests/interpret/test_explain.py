@@ -15,7 +15,7 @@ from seq2expr.interpret.attribution import Attribution, to_genomic
 from seq2expr.interpret.explain import Explainer
 from seq2expr.interpret.methods import METHODS, check_methods
 from seq2expr.interpret.scored import Settings
-from seq2expr.learn.predict import open_request
+from seq2expr.learn.predictor import open_request
 from seq2expr.model.batch import Prediction
 from tests.interpret.toys import Formula, linear, one_row, plain, probe_of, window
 from tests.runs import TARGET

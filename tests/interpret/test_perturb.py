@@ -16,7 +16,7 @@ from seq2expr.dna.variants import COLUMNS, read_vcf
 from seq2expr.dna.windows import Windows
 from seq2expr.interpret import perturb as module
 from seq2expr.interpret.perturb import perturb
-from seq2expr.learn.predict import Predictor, open_predictor
+from seq2expr.learn.predictor import Predictor, open_predictor
 from seq2expr.learn.runs import load_run
 from seq2expr.model.batch import Prediction
 from seq2expr.model.system import Ensemble

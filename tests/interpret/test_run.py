@@ -27,7 +27,7 @@ def windows(world, trained):
     """The windows of the genes, and the genome they lie in."""
     from seq2expr.interpret.explain import Explainer
     from seq2expr.interpret.scored import Settings
-    from seq2expr.learn.predict import open_request
+    from seq2expr.learn.predictor import open_request
 
     request = open_request(trained, **world.files, genes=GENES)
     explainer = Explainer(request.predictor, TARGET, Settings())

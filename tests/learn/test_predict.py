@@ -11,7 +11,7 @@ import seq2expr
 from seq2expr.dna.features import read_feature_table
 from seq2expr.errors import UserError
 from seq2expr.learn import predict as predict_module
-from seq2expr.learn.predict import GENE_COLUMNS, Predictor
+from seq2expr.learn.predictor import GENE_COLUMNS, Predictor, open_request
 from tests.conftest import write_bigwig
 from tests.runs import TARGET
 
@@ -154,6 +154,14 @@ def test_windows_past_a_chromosome_end_are_predicted_and_counted(world, request_
     assert result.table["tss"].tolist()[:3] == [5, 255, 256]
 
 
+def test_a_batch_is_answered_as_in_the_table_and_without_a_graph(world, trained):
+    request = open_request(trained, **world.files, genes="SIMG00004,SIMG00002")
+    answer = request.predictor.answer(request.predictor.batch(request.genes))
+    assert not answer.mean.requires_grad
+    (table,) = request.predictor.tables(request.genes)
+    np.testing.assert_array_equal(answer.mean.cpu().numpy()[:, 0], table[TARGET])
+
+
 # Genes that are missing
 
 
@@ -233,7 +241,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(
 ):
     (tmp_path / "folder.tsv").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(predict_module, "load_run", None)
+    monkeypatch.setattr(predict_module, "open_request", None)
     with pytest.raises(UserError, match=message):
         world.predict("unread", out=tmp_path / name)
 
