@@ -29,7 +29,8 @@ class Attribution:
     flagged
         Whether the figure is past the limit of the method.
     effects
-        Effect of writing A, C, G or T at each base [L, 4], for methods that know it.
+        Effect of writing A, C, G or T at each base [L, 4], for methods that know it: against the
+        observed base, or for ``deeplift`` against its shuffled references.
     """
 
     gene_id: str

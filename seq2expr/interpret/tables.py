@@ -33,6 +33,7 @@ _SCORES = pa.schema(
         "check": pa.float64(),
         "check_name": pa.string(),
         "flagged": pa.bool_(),
+        "effects": pa.list_(pa.float32()),
     }
 )
 _ORDER = ["chrom", "start", "end", "gene_id"]
@@ -206,7 +207,8 @@ def write_scores(path: str | os.PathLike, attributions: Iterable[Attribution]) -
     """Write attributions as Parquet as they come, one row per gene, method and target.
 
     Columns: ``gene_id gene_name method target chrom start end strand tss bin_bp scores`` (list of
-    float32, genomic order) ``check check_name flagged``.
+    float32, genomic order) ``check check_name flagged effects`` (A, C, G, T of the first base,
+    then of the second, ...; null for methods without).
 
     Raises
     ------
@@ -219,6 +221,9 @@ def write_scores(path: str | os.PathLike, attributions: Iterable[Attribution]) -
         with parquet.ParquetWriter(place, _SCORES, compression="zstd") as writer:
             while group := list(itertools.islice(left, _ROW_GROUP)):
                 columns = {name: [getattr(one, name) for one in group] for name in _SCORES.names}
+                columns["effects"] = [
+                    None if effects is None else effects.ravel() for effects in columns["effects"]
+                ]
                 writer.write_table(pa.table(columns, schema=_SCORES))
 
     publish(Path(path), write)
@@ -226,6 +231,8 @@ def write_scores(path: str | os.PathLike, attributions: Iterable[Attribution]) -
 
 def read_scores(path: str | os.PathLike, *, method: str | None = None) -> pd.DataFrame:
     """Read what :func:`write_scores` wrote; ``scores`` holds an array [L/bin] per row.
+
+    ``effects`` holds an array [L, 4], or None.
 
     Parameters
     ----------
@@ -250,7 +257,11 @@ def read_scores(path: str | os.PathLike, *, method: str | None = None) -> pd.Dat
     if method is not None and not len(table):
         present = parquet.read_table(path, columns=["method"])["method"].unique().to_pylist()
         raise UserError(f"{path} has no scores of method {method!r}; it has {sorted(present)}.")
-    return table.to_pandas()
+    frame = table.to_pandas()
+    frame["effects"] = [
+        None if effects is None else effects.reshape(-1, 4) for effects in frame["effects"]
+    ]
+    return frame
 
 
 def _write_rows(table: pd.DataFrame, path: str | os.PathLike, *, header: bool) -> None:

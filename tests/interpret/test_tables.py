@@ -1,5 +1,7 @@
 """Files for other tools: read back with the libraries that these tools are made of."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pyBigWig
@@ -274,3 +276,12 @@ def test_reading_scores_says_what_is_wrong(tmp_path, windows, scores):
     for name in ("other.parquet", "text", "missing"):
         with pytest.raises(UserError, match=f"Cannot read .*{name} as a table of scores"):
             read_scores(tmp_path / name)
+
+
+def test_effects_of_each_base_survive_parquet(tmp_path, windows, scores):
+    effects = np.arange(400, dtype=np.float32).reshape(100, 4)
+    one, *others = attributions(windows, scores, method="ism")
+    write_scores(tmp_path / "s.parquet", [dataclasses.replace(one, effects=effects), *others])
+    found = read_scores(tmp_path / "s.parquet")["effects"]
+    np.testing.assert_array_equal(found[0], effects)
+    assert found[1:].isna().all()
