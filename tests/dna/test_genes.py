@@ -305,3 +305,8 @@ def test_yeast_has_7036_genes():
     assert len(table) == 7036
     assert (table["biotype"] == "protein_coding").sum() == 6600
     assert table.set_index("gene_id").loc[["YDL248W", "YOR312C"], "tss"].tolist() == [1801, 900766]
+
+
+def test_a_comma_list_may_be_longer_than_a_file_name():
+    genes = [f"GENE{number:05}" for number in range(500)]
+    assert read_gene_list(",".join(genes)) == genes
