@@ -201,8 +201,9 @@ def read_gene_list(spec: str) -> Literal["all"] | list[str]:
     if spec == "all":
         return "all"
     path = Path(spec)
+    named = "/" in spec or ("," not in spec and re.search(r"\.[A-Za-z]+$", spec))
     # os.path.exists: for a long comma list Path.exists raises that the name is too long.
-    if os.path.exists(spec) or "/" in spec or ("," not in spec and re.search(r"\.[A-Za-z]+$", spec)):
+    if named or os.path.exists(spec):
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

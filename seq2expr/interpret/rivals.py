@@ -173,10 +173,12 @@ def compare_with(
     if rivals.labels is None:
         return result
     labels = result.labels = rivals.labels
-    result.ranked = ranked(labels, every, keep=keep)
+    # A peak set ranks its bases above all others; ties count by fraction.
+    as_scores = {name: mask.astype(np.float32) for name, mask in masks.items()}
+    result.ranked = ranked(labels, every | as_scores, keep=keep)
     _write(out / "truth.tsv", result.ranked)
     pairs = [
-        paired(labels, controls | {name: score}, best=name, keep=keep)
+        paired(labels, controls | as_scores | {name: score}, best=name, keep=keep)
         for name, score in scores.items()
     ]
     result.paired = pd.concat(pairs, ignore_index=True)

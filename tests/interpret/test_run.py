@@ -230,7 +230,8 @@ def test_comparison_holds_every_rival_over_the_same_windows(full, windows):
         read = pd.read_csv(full.out / f"{name}.tsv", sep="\t")
         assert list(read) == list(table)
         assert len(read) == len(table) > 0
-    assert found.ranked["method"].tolist() == list(found.scores)
+    assert found.ranked["method"].tolist() == [*found.scores, "mine"]
+    assert "mine" in found.paired["other"].tolist()
     assert found.ranked["average_precision"].between(0, 1).all()
 
 
