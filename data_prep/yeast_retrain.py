@@ -86,7 +86,7 @@ def draw(summary: pd.DataFrame) -> Figure:
             label=name,
         )
     style_axes(ax, "Bases that the predictor sees (%)", "Pearson across test genes")
-    ax.legend(fontsize=SMALL, frameon=False)
+    ax.legend(fontsize=SMALL, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set_title("mean and sd over seeds", fontsize=NORMAL, loc="left", color=INK)
     return figure
 

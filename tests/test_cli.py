@@ -431,7 +431,7 @@ def test_unknown_genes_end_with_3_and_the_rest_is_predicted(predict, tmp_path):
     answer = predict({"--genes": tmp_path / "genes.txt"})
     assert answer.code == 3
     assert "Predicted 2 genes" in answer.out
-    assert f"2 could not be predicted; reasons are in {tmp_path / 'expr.tsv'}.skipped.tsv" in (
+    assert f"2 could not be done; the reasons are in {tmp_path / 'expr.tsv'}.skipped.tsv" in (
         answer.out
     )
     table = pd.read_csv(tmp_path / "expr.tsv", sep="\t")
