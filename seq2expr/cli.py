@@ -33,7 +33,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=5."),
 ]
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory or hub id.")]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run directory, hub id or directory of an adapter.")
+]
+Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter on the run.")]
 Genome = Annotated[Path, typer.Option("--genome", help="FASTA, plain or gzip.")]
 Gtf = Annotated[Path, typer.Option("--gtf", help="Annotation (GTF), plain or gzip.")]
 Genes = Annotated[
@@ -90,11 +93,37 @@ def train(
 
 
 @app.command()
+def finetune(
+    run: Run,
+    data: Annotated[str, typer.Option(help="Data file with the new targets and split.")],
+    out: Out,
+    adapter: Annotated[str, typer.Option(help="lora, dora, ia3, head or full.")] = "lora",
+    root: Root = None,
+    overrides: Overrides = None,
+    merge: Annotated[
+        Path | None, typer.Option(help="Also write an ordinary run, with the adapter merged in.")
+    ] = None,
+) -> None:
+    """Take a trained run to other targets with an adapter."""
+    from seq2expr.learn.finetune import finetune
+
+    made = finetune(
+        run, data=data, adapter=adapter, root=root or Path(), overrides=overrides or (), out=out,
+        merge=merge,
+    )  # fmt: skip
+    _say(
+        f"Fine-tuned {made}. Next: "
+        f"seq2expr predict {made} --genome FA --gtf GTF --genes all --out expr.tsv"
+    )
+
+
+@app.command()
 def predict(
     run: Run,
     genome: Genome,
     gtf: Gtf,
     out: Out,
+    adapter: Adapter = None,
     genes: Genes = "all",
     track: Tracks = None,
     features: Features = None,
@@ -108,7 +137,7 @@ def predict(
     from seq2expr.learn.predict import predict
 
     result = predict(
-        run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
+        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
         features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
         out=out, verify=verify,
     )  # fmt: skip
@@ -125,6 +154,7 @@ def interpret(
     genome: Genome,
     gtf: Gtf,
     out: Out,
+    adapter: Adapter = None,
     genes: Genes = "all",
     track: Tracks = None,
     features: Features = None,
@@ -163,7 +193,7 @@ def interpret(
     from seq2expr.interpret.run import interpret
 
     result = interpret(
-        run, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
+        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
         features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
         methods=_names(method), target=target, delete=delete,
         insert=insert, variants=variants, motifs=motifs or (), peaks=peaks or (),

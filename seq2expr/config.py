@@ -212,6 +212,34 @@ class TrainConfig(Strict):
     seed: int = 0
 
 
+AdapterKind = Literal["lora", "dora", "ia3", "head", "full"]
+
+
+class AdapterConfig(Strict):
+    """How a trained run is taken to other data (``adapter:`` of a fine-tuned run).
+
+    Parameters
+    ----------
+    kind
+        ``lora``, ``dora`` and ``ia3`` add weights to the Linear modules of the base (see peft) and
+        train those and the head; ``head`` trains the head alone, ``full`` everything.
+    base
+        The run that is fine-tuned: a directory or a hub id.
+    rank, alpha, dropout
+        Of LoRA and DoRA: the update of a weight is alpha / rank · B A with A of ``rank`` rows.
+    targets
+        Names, or last parts of names, of the Linear modules; by default all outside the heads
+        with more than ``rank`` inputs and outputs.
+    """
+
+    kind: AdapterKind
+    base: str
+    rank: int = pydantic.Field(4, ge=1)
+    alpha: float = pydantic.Field(8.0, gt=0)
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    targets: list[str] = []
+
+
 class RunConfig(Strict):
     """The effective configuration of a run, saved as ``run.yaml``.
 
@@ -229,6 +257,8 @@ class RunConfig(Strict):
         The data set.
     controls
         Also train the twins (promoter-only, unmasked) that ``evaluate`` reads.
+    adapter
+        How it was fine-tuned, where it was.
     """
 
     system: str
@@ -237,6 +267,7 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     data: DataConfig
     controls: bool = False
+    adapter: AdapterConfig | None = None
 
 
 def load_run_config(
@@ -267,9 +298,7 @@ def load_run_config(
     presets = tree.pop("presets", {}) or {}
     if data is not None:
         tree["data"] = read_yaml(data)
-    changes: dict[str, Any] = {}
-    for text in overrides:
-        _assign(changes, text)
+    changes = parse_overrides(overrides)
     preset = changes.get("preset", tree.get("preset", "default"))
     # The run.yaml of a run names its preset, but that is merged in already.
     if preset != "default" and (presets or "preset" in changes):
@@ -308,14 +337,19 @@ def parse_settings(kind: type[S], overrides: Sequence[str]) -> S:
     UserError
         Naming the key, its value and what is allowed.
     """
-    changes: dict[str, Any] = {}
-    for text in overrides:
-        _assign(changes, text)
     try:
-        return kind.model_validate(changes)
+        return kind.model_validate(parse_overrides(overrides))
     except pydantic.ValidationError as error:
         known = ", ".join(kind.model_fields)
         raise UserError(f"--set: {_first_problem(error)} Known keys: {known}.") from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn ``key.sub=value`` texts into a tree; values are read as YAML."""
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        _assign(changes, text)
+    return changes
 
 
 def read_yaml(source: str | os.PathLike) -> dict[str, Any]:

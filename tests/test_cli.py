@@ -102,7 +102,7 @@ def test_help_needs_no_heavy_library():
 def test_help_names_every_command(call):
     answer = call("--help")
     assert answer.code == 0
-    for name in ("demo", "train", "predict", "evaluate", "list"):
+    for name in ("demo", "train", "finetune", "predict", "evaluate", "list"):
         assert name in answer.out
 
 
@@ -147,6 +147,40 @@ def test_train_predict_and_evaluate_end_with_0(call, world, predict, tmp_path):
     assert scores.code == 0
     assert "expression_log2: pearson_across_genes, all (n = 8 genes)" in scores.out
     assert (tmp_path / "s.tsv").is_file()
+
+
+def test_finetune_ends_with_0_and_what_it_made_predicts(call, world, trained, files, tmp_path):
+    data = ["--data", world.simulation.data_config, "--root", world.root]
+    out, merged = tmp_path / "lora", tmp_path / "merged"
+    options = ["--adapter", "lora", "--set", "train.epochs=1", "--merge", merged]
+    made = call("finetune", trained, *data, *options, "--out", out)
+    assert made == (0, made.out, made.err)
+    assert made.out.startswith(f"Fine-tuned {out}. Next: seq2expr predict {out}")
+    inputs = [part for name, value in files.items() for part in (name.split()[0], value)]
+    tables = []
+    for run in ([out], [trained, "--adapter", out], [merged]):
+        assert call("predict", *run, *inputs, "--out", tmp_path / "expr.tsv").code == 0
+        tables.append(pd.read_csv(tmp_path / "expr.tsv", sep="\t"))
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    pd.testing.assert_frame_equal(tables[0], tables[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["--adapter", "lara"], ["'lara'", "lora, dora, ia3, head, full"]),
+        (["--adapter", "ia3", "--set", "adapter.rank=99"], ["Adapters that fit: head, full"]),
+        (["--set", "model.width=8"], ["--set model", "train, data or adapter"]),
+        (["--adapter", "full", "--merge", "m"], ["nothing to merge"]),
+    ],
+)
+def test_a_fine_tuning_that_does_not_fit_is_refused(
+    call, world, trained, tmp_path, options, texts
+):
+    data = ["--data", world.simulation.data_config, "--root", world.root]
+    answer = call("finetune", trained, *data, *options, "--out", tmp_path / "out")
+    is_one_message(answer, *texts)
+    assert names_of(tmp_path) == []
 
 
 def test_transformers_draws_no_bars_where_nobody_watches(call, world, predict, tmp_path):

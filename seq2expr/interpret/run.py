@@ -150,7 +150,7 @@ def interpret(
     Parameters
     ----------
     run, genome, gtf, genes, tracks, chrom_map, **inputs
-        As for :func:`seq2expr.learn.predict.predict`.
+        Also ``adapter``; as for :func:`seq2expr.learn.predict.predict`.
     out
         Folder for the results.
     methods

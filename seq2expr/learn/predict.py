@@ -54,6 +54,7 @@ def predict(
     *,
     genome: str | os.PathLike,
     gtf: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
     genes: str | Sequence[str] = "all",
     tracks: Mapping[str, str | os.PathLike] | None = None,
     features: str | os.PathLike | None = None,
@@ -70,9 +71,11 @@ def predict(
     Parameters
     ----------
     run
-        Run directory or hub id.
+        Run directory, hub id or directory of an adapter.
     genome, gtf
         FASTA and annotation, plain or gzip.
+    adapter
+        Directory of an adapter on the run.
     genes
         ``all``, ids or names, a comma list, or a file (see
         :func:`seq2expr.dna.genes.read_gene_list`).
@@ -100,6 +103,7 @@ def predict(
         run,
         genome=genome,
         gtf=gtf,
+        adapter=adapter,
         genes=genes,
         tracks=tracks,
         features=features,

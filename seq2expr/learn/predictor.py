@@ -222,6 +222,7 @@ def open_request(
     *,
     genome: str | os.PathLike,
     gtf: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
     genes: str | Sequence[str] = "all",
     tracks: Mapping[str, str | os.PathLike] | None = None,
     features: str | os.PathLike | None = None,
@@ -241,7 +242,7 @@ def open_request(
     UserError
         When files, tracks or tables do not fit the run, or none of the genes can be predicted.
     """
-    model = load_run(run)
+    model = load_run(run, adapter=adapter)
     files = DnaFiles(
         genome=Path(genome),
         gtf=Path(gtf),
@@ -266,7 +267,7 @@ def open_request(
         raise UserError(
             f"None of the genes can be predicted ({reasons}). Check ids and annotation."
         )
-    return Request(run, files, predictor, selection.table, skipped)
+    return Request(run if adapter is None else adapter, files, predictor, selection.table, skipped)
 
 
 def _explain(missing: pd.DataFrame, inputs: DnaInputs) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 ``RUN/`` holds ``run.yaml`` (effective configuration), the checkpoint (``config.json`` and
 ``model.safetensors``, or ``members/0``, ``members/1``, ... of an ensemble), ``metrics.json``,
-``twins/`` where controls were trained, and, written last, ``manifest.json``.
+``twins/`` where controls were trained, and, written last, ``manifest.json``. The directory of an
+adapter has ``adapter_config.json`` and ``adapter_model.safetensors`` (of peft) for the weights.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from seq2expr.config import RunConfig, dump_yaml, parse_run_config, read_yaml
 from seq2expr.errors import UserError
-from seq2expr.model.system import Ensemble, System
+from seq2expr.model.system import Ensemble, System, members_of
 from seq2expr.progress import wants_progress
 from seq2expr.store import file_digest, write_text
 
@@ -116,10 +117,41 @@ def quiet() -> Iterator[None]:
         hf_logging.enable_progress_bar()
 
 
+def is_adapter(run: Path) -> bool:
+    """Tell whether a run directory holds adapters on another run."""
+    return any((member / "adapter_config.json").is_file() for member in members_of(run))
+
+
+def load_run(
+    run: str | os.PathLike, *, adapter: str | os.PathLike | None = None
+) -> System | Ensemble:
+    """Load the model of a run in evaluation mode.
+
+    Parameters
+    ----------
+    run
+        Run directory or hub id; or the directory of an adapter, which finds its base by itself.
+    adapter
+        Directory of an adapter on ``run``.
+
+    Raises
+    ------
+    UserError
+        When there is no such run, or the adapter was trained on another base.
+    """
+    path = find_run(run if adapter is None else adapter)
+    if is_adapter(path):
+        from seq2expr.learn.adapters import load_adapted  # peft is heavy
+
+        return load_adapted(path, base=None if adapter is None else run)
+    if adapter is not None:
+        raise UserError(f"{adapter} is no adapter; give a directory made by `seq2expr finetune`.")
+    return load_base(path)
+
+
 @quiet()
-def load_run(run: str | os.PathLike) -> System | Ensemble:
-    """Load the model of a run in evaluation mode."""
-    path = find_run(run)
+def load_base(path: Path) -> System | Ensemble:
+    """Load a run that is no adapter, in evaluation mode."""
     try:
         return System.from_pretrained(path).eval()
     except (OSError, KeyError, SafetensorError) as error:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from torch import nn
 
 from seq2expr.config import DataConfig, RunConfig, load_run_config
 from seq2expr.dna.features import FeatureScaler
@@ -74,6 +75,11 @@ def train(
 
 def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     """Train the run that a checked configuration describes, then its twins where asked."""
+    if config.adapter is not None:
+        raise UserError(
+            f"The configuration is that of a run fine-tuned from {config.adapter.base}. Use "
+            "`seq2expr finetune`."
+        )
     system = system_class(config.system)
     check_settings(system.config_class, config.model)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -93,17 +99,69 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
 
 def _train_model(config: RunConfig, system: type[System], root: Path, out: Path) -> None:
     """Open the data, train every member, and write what makes a directory a run."""
-    template = system.config_class(**config.model)
-    state = PartialState()
-    with state.main_process_first():
-        data = open_data(config.data, root, bin_bp=template.bin_bp)
-        windows = data.inputs.windows(
-            width=template.width,
-            tss_index=template.tss_index,
-            stranded=template.stranded,
+    data, windows = open_windows(config.data, root, system.config_class(**config.model))
+    train_members(_prepare(config, system, data, windows), root, out)
+
+
+def open_windows(data: DataConfig, root: Path, geometry: SystemConfig) -> tuple[GeneData, Windows]:
+    """Open a data set, and its windows with the geometry of a model."""
+    with PartialState().main_process_first():
+        opened = open_data(data, root, bin_bp=geometry.bin_bp)
+        windows = opened.inputs.windows(
+            width=geometry.width,
+            tss_index=geometry.tss_index,
+            stranded=geometry.stranded,
             profiles=True,
         )
-    task = _prepare(config, system, data, windows)
+    return opened, windows
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the members of a run share.
+
+    Parameters
+    ----------
+    config
+        The effective configuration.
+    data, windows
+        The data set, opened.
+    features
+        Scaled features of its genes, or None.
+    build
+        Makes the model of a member, after the seeds were set.
+    save
+        Writes it into a directory.
+    bases
+        What each member started from, to be written beside it; empty where from nothing.
+    """
+
+    config: RunConfig
+    data: GeneData
+    windows: Windows
+    features: np.ndarray | None
+    build: Callable[[int], nn.Module]
+    save: Callable[[Any, Path], None]
+    bases: Sequence[Mapping[str, str]] = ()
+
+
+def train_members(
+    task: Task, root: Path, out: Path, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Train every member, and write what makes a directory a run.
+
+    Parameters
+    ----------
+    task
+        What is trained.
+    root
+        What paths of the data set are relative to.
+    out
+        The run directory.
+    notes
+        Further entries of the manifest.
+    """
+    config, data, state = task.config, task.data, PartialState()
     if state.is_main_process:  # only now: a request that cannot be carried out leaves nothing
         start_run(out, config)
     summaries = []
@@ -118,33 +176,15 @@ def _train_model(config: RunConfig, system: type[System], root: Path, out: Path)
             root=root,
             sources=data.inputs.files.sources() | _tables(config.data, root),
             seed=config.train.seed,
-            notes={"genes": _counts(data, windows), "leaky": data.split.leaky},
+            notes={"genes": _counts(data, task.windows), "leaky": data.split.leaky}
+            | dict(notes or {}),
         )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Everything that the members of a run share."""
-
-    config: RunConfig
-    system: type[System]
-    data: GeneData
-    windows: Windows
-    model_config: SystemConfig
-    features: np.ndarray | None
-
-
-def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: Windows) -> _Task:
+def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: Windows) -> Task:
     """Fit all scalers on the training genes of the run."""
-    rows = _training_rows(config, data)
-    _check_labels(config, data, rows)
-    targets = data.targets.iloc[rows]
-    spread = targets.std(ddof=0).fillna(0.0)
-    fitted: dict[str, Any] = {
-        "targets": list(targets.columns),
-        "target_mean": targets.mean().fillna(0.0).tolist(),
-        "target_sd": spread.where(spread > 0, 1.0).tolist(),
-        "target_weight": [spec.weight for spec in config.data.targets.values()],
+    rows = training_rows(config, data)
+    fitted = fit_targets(config, data) | {
         "profiles": list(data.inputs.files.profiles),
         "tss_rule": config.data.tss_rule,
         "track_dtype": config.data.dtype,
@@ -165,7 +205,31 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
         fitted |= {"features": scaler.to_dict(), "n_features": features.shape[1]}
     model_config = system.config_class(**config.model, **fitted)
     system(model_config)  # refuses settings that do not fit before anything is written
-    return _Task(config, system, data, windows, model_config, features)
+    return Task(config, data, windows, features, lambda _: system(model_config), _save)
+
+
+def _save(model: System, place: Path) -> None:
+    model.save_pretrained(place)
+
+
+def fit_targets(config: RunConfig, data: GeneData) -> dict[str, Any]:
+    """Return names, scaling and weights of the targets, fitted on the training genes.
+
+    Raises
+    ------
+    UserError
+        When nothing could be trained or validated.
+    """
+    rows = training_rows(config, data)
+    _check_labels(config, data, rows)
+    targets = data.targets.iloc[rows]
+    spread = targets.std(ddof=0).fillna(0.0)
+    return {
+        "targets": list(targets.columns),
+        "target_mean": targets.mean().fillna(0.0).tolist(),
+        "target_sd": spread.where(spread > 0, 1.0).tolist(),
+        "target_weight": [spec.weight for spec in config.data.targets.values()],
+    }
 
 
 def _check_labels(config: RunConfig, data: GeneData, rows: np.ndarray) -> None:
@@ -192,7 +256,7 @@ def _check_labels(config: RunConfig, data: GeneData, rows: np.ndarray) -> None:
 
 
 @quiet()
-def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> dict[str, Any]:
+def _train_member(task: Task, member: int, place: Path, checkpoints: Path) -> dict[str, Any]:
     """Train one member, or read its summary where it is done."""
     summary = place / "member.json"
     if summary.is_file():
@@ -201,7 +265,7 @@ def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> d
     seed = config.seed + member
     train_rows, valid_rows, valid = _member_rows(task.config, task.data, member)
     transformers.set_seed(seed)
-    model = task.system(task.model_config)
+    model = task.build(member)
     plain = GeneCollator(task.windows)
     history = fit(
         model,
@@ -221,11 +285,12 @@ def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> d
         "n_train": len(train_rows),
         "n_valid": len(valid_rows),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **({"base": task.bases[member]} if task.bases else {}),
         # The last entry sums up the training loss since the last interruption.
         "history": [_readable(entry) for entry in history if "train_loss" not in entry],
     }
     if PartialState().is_main_process:
-        model.save_pretrained(place)
+        task.save(model, place)
         write_text(summary, json.dumps(found, indent=1) + "\n")
         best = min((e["eval_mse"] for e in history if "eval_mse" in e), default=float("nan"))
         log.info("Member %d (seed %d): validation MSE %.4f.", member, seed, best)
@@ -233,7 +298,7 @@ def _train_member(task: _Task, member: int, place: Path, checkpoints: Path) -> d
     return found
 
 
-def _training_rows(config: RunConfig, data: GeneData) -> np.ndarray:
+def training_rows(config: RunConfig, data: GeneData) -> np.ndarray:
     """Genes that at least one member trains on."""
     return data.rows("train", "valid") if config.train.rotate_valid else data.rows("train")
 

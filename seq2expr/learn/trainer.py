@@ -23,7 +23,6 @@ from transformers import (
 
 from seq2expr.config import TrainConfig
 from seq2expr.learn.dataset import GeneCollator
-from seq2expr.model.system import System
 from seq2expr.progress import wants_progress
 from seq2expr.store import write_text
 
@@ -108,12 +107,12 @@ class SystemTrainer(transformers.Trainer):
         self.average.swap()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Leave biases, norms and the state matrices of Mamba (``A_log``) undecayed."""
+        """Leave biases, norms, the state matrices of Mamba and the factors of IA3 undecayed."""
         # By shape and name: a mark on the parameter would be lost when weights are loaded.
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and not name.endswith("A_log")
+            if parameter.ndim > 1 and not name.endswith("A_log") and "ia3_l." not in name
         ]
 
     def compute_loss(
@@ -158,7 +157,7 @@ class _Housekeeping(TrainerCallback):
 
 
 def fit(
-    model: System,
+    model: nn.Module,
     *,
     train: Dataset,
     valid: Dataset,
@@ -173,7 +172,7 @@ def fit(
     Parameters
     ----------
     model
-        The system.
+        The system, or the system with an adapter around it.
     train, valid
         Rows of each part; the epoch with the lowest validation error of the first target wins.
     collator, plain

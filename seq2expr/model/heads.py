@@ -1,7 +1,7 @@
 """The one head: from a site embedding to expression, for every system."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ class ExpressionHead(nn.Module):
         ):
             if value not in allowed:
                 raise UserError(f"model.head.{name} is {value!r}; it can be {', '.join(allowed)}.")
-        self.targets = list(targets)
+        self.d_in = d_in
         self.loss_kind = loss
-        count = len(self.targets)
+        count = len(targets)
         act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
         if kind == "identity":
             self.net = nn.Identity()
@@ -105,6 +105,27 @@ class ExpressionHead(nn.Module):
             (predicted - self.mean) / self.sd, (target - self.mean) / self.sd, reduction="none"
         )
         return (losses * weights).sum() / weights.sum().clamp_min(1e-8)
+
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        # The head that an adapter carries may have other targets than that of its base.
+        stored = state.get(f"{prefix}mean")
+        if stored is not None and len(stored) != len(self.mean):
+            self._resize(len(stored))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def _resize(self, count: int) -> None:
+        """Make room for another number of targets."""
+        chain = isinstance(self.net, nn.Sequential)
+        last = self.net[-1] if chain else self.net
+        if isinstance(last, nn.Linear):
+            fresh = nn.Linear(last.in_features, count).to(last.weight)
+            fresh.requires_grad_(last.weight.requires_grad)
+            if chain:
+                self.net[-1] = fresh
+            else:
+                self.net = fresh
+        for name in ("mean", "sd", "weights"):
+            self.register_buffer(name, getattr(self, name).new_ones(count))
 
 
 class ProfileHead(nn.Module):

@@ -148,7 +148,7 @@ class BiMamba(nn.Module):
         self.chunk = chunk
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
         rank = math.ceil(d_model / 16)
-        self.ahead = _Direction(inner, rank=rank, d_state=d_state, d_conv=d_conv)
+        self.forth = _Direction(inner, rank=rank, d_state=d_state, d_conv=d_conv)
         self.back = _Direction(inner, rank=rank, d_state=d_state, d_conv=d_conv)
         self.out_proj = nn.Linear(inner, d_model, bias=False)
         with torch.no_grad():
@@ -158,15 +158,15 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mix positions ``x`` [B, L, D], which are zero where ``padding`` (bool [B, L, 1]) is."""
         v, z = self.in_proj(x).chunk(2, dim=-1)
-        ahead = self.ahead(v, None)
+        forth = self.forth(v, None)
         back = self.back(v.flip(1), None if padding is None else padding.flip(1))
         y = selective_scan(
-            torch.stack([ahead.u, back.u], 1),
-            torch.stack([ahead.delta, back.delta], 1),
-            torch.stack([-self.ahead.A_log.exp(), -self.back.A_log.exp()]),
-            torch.stack([ahead.B, back.B], 1),
-            torch.stack([ahead.C, back.C], 1),
-            torch.stack([self.ahead.D, self.back.D]),
+            torch.stack([forth.u, back.u], 1),
+            torch.stack([forth.delta, back.delta], 1),
+            torch.stack([-self.forth.A_log.exp(), -self.back.A_log.exp()]),
+            torch.stack([forth.B, back.B], 1),
+            torch.stack([forth.C, back.C], 1),
+            torch.stack([self.forth.D, self.back.D]),
             chunk=self.chunk,
         )
         return self.out_proj((y[:, 0] + y[:, 1].flip(1)) * F.silu(z))

@@ -1,7 +1,7 @@
 """The base of every system: configuration, checkpoint, ``encode`` → head → prediction."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,6 +121,10 @@ class System(PreTrainedModel):
     main_input_name = "codes"
     twins: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Control models: settings that differ from the model's own, by name of the twin."""
+    whole: ClassVar[tuple[str, ...]] = ("head", "profile_head")
+    """Modules that an adapter does not touch, but trains and carries whole."""
+    frozen_statistics: bool = False
+    """Batch norms stay in evaluation mode while training, as a model that is fine-tuned wants."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -135,9 +139,10 @@ class System(PreTrainedModel):
         On the base class the system is the one that the checkpoint names. A directory with
         ``members/`` is an ensemble and loads as :class:`Ensemble`.
         """
-        members = Path(path) / "members"
-        if members.is_dir():
-            return Ensemble([cls.from_pretrained(member) for member in _numbered(members)])
+        if (Path(path) / "members").is_dir():
+            return Ensemble([cls.from_pretrained(member) for member in members_of(Path(path))])
+        if (Path(path) / "adapter_config.json").is_file():
+            raise UserError(f"{path} is an adapter; load it on its base with seq2expr.load_run.")
         if cls is not System:
             return super().from_pretrained(path, *args, **kwargs)
         known, _ = PreTrainedConfig.get_config_dict(path)
@@ -148,15 +153,29 @@ class System(PreTrainedModel):
         config = self.config
         if config.profiles and config.profile_readout:
             d_site += len(config.profiles)
-        fitted = {"mean": config.target_mean, "sd": config.target_sd}
-        fitted["weights"] = config.target_weight
-        try:
-            self.head = ExpressionHead(d_site, config.targets, **fitted, **(config.head or {}))
-        except TypeError as error:
-            raise UserError(f"model.head: {error}.") from error
+        self.head = self.make_head(d_site)
         self.profile_head = None
         if config.profiles:
             self.profile_head = ProfileHead(d_positions, len(config.profiles))
+
+    def make_head(self, d_in: int) -> ExpressionHead:
+        """Make an expression head for the targets of the configuration."""
+        config = self.config
+        fitted = {"mean": config.target_mean, "sd": config.target_sd}
+        fitted["weights"] = config.target_weight
+        try:
+            return ExpressionHead(d_in, config.targets, **fitted, **(config.head or {}))
+        except TypeError as error:
+            raise UserError(f"model.head: {error}.") from error
+
+    def train(self, mode: bool = True) -> "System":
+        """Set the mode; see ``frozen_statistics``."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def encode(self, batch: Batch) -> Encoded:
         """Turn a batch into site embeddings (each system's own)."""
@@ -271,8 +290,12 @@ def check_settings(config_class: type[SystemConfig], settings: Mapping[str, Any]
             raise UserError(f"Unknown key 'model.{key}'; known there: {', '.join(known)}.")
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
-    return iter(sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name)))
+def members_of(run: Path) -> list[Path]:
+    """Return the directories of the members of a run; itself where it is no ensemble."""
+    folder = run / "members"
+    if not folder.is_dir():
+        return [run]
+    return sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name))
 
 
 def _mean(values: list[torch.Tensor | None]) -> torch.Tensor | None:

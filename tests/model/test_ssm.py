@@ -23,7 +23,7 @@ def test_parameter_counts_are_the_published_ones():
 def test_initialisation_follows_mamba():
     torch.manual_seed(0)
     stack = BiMambaStack(128, init_layers=64)
-    for direction in (stack.layers[1].mixer.ahead, stack.layers[1].mixer.back):
+    for direction in (stack.layers[1].mixer.forth, stack.layers[1].mixer.back):
         steps = nn.functional.softplus(direction.dt_proj.bias.detach())
         assert float(steps.min()) >= 1e-3 * 0.999
         assert float(steps.max()) <= 1e-1 * 1.001
@@ -60,7 +60,7 @@ def reference_block(block, x):
         )
         return block.out_proj(y[:, 0] * nn.functional.silu(z))
 
-    return mamba(block.ahead, x) + mamba(block.back, x.flip(1)).flip(1)
+    return mamba(block.forth, x) + mamba(block.back, x.flip(1)).flip(1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

@@ -1,0 +1,1 @@
+"""What is written about a gene, as a prompt: tables, masks, templates."""
