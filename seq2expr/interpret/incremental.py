@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from seq2expr.model.backbones import ConvTower, LocalStep
+from seq2expr.model.backbones import ALL, ConvTower, LocalStep
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class _Replay:
         if not self.inputs:
             self.inputs = [x]
             for step in self.steps:
-                self.inputs.append(step.run(self.inputs[-1], 0))
+                self.inputs.append(step.run(self.inputs[-1], 0, ALL))
             return self.inputs[-1]
         changed = _differs(x, self.inputs[0][0]).nonzero()
         if not len(changed):
@@ -105,5 +105,5 @@ def _advance(
     left, right = low * step.stride, high * step.stride
     pieces = [before[:, left:first], before[:, stop:right]]
     around = [piece.expand(len(values), -1, -1) for piece in pieces]
-    result = step.run(torch.cat([around[0], values, around[1]], dim=1), low)
-    return result[:, begin - low : end - low], begin
+    whole = torch.cat([around[0], values, around[1]], dim=1)
+    return step.run(whole, low, slice(begin - low, end - low)), begin

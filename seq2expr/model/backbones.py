@@ -20,14 +20,19 @@ class LocalStep(NamedTuple):
     Attributes
     ----------
     run
-        Maps [B, P, D] to [B, P / stride, D'], given the index of its first output in the window.
+        Maps [B, P, D] to [B, P / stride, D'], given the index of its first output in the window
+        and which of its outputs are wanted.
     stride, radius
         As above, in input positions.
     """
 
-    run: Callable[[Tensor, int], Tensor]
+    run: Callable[[Tensor, int, slice], Tensor]
     stride: int
     radius: int
+
+
+ALL = slice(None)
+"""Every output of a step."""
 
 
 class ConvBlock(nn.Module):
@@ -75,11 +80,11 @@ class ConvBlock(nn.Module):
         self.down = nn.Linear(expand * d_model, d_model)
         self.gain = nn.Parameter(torch.full((d_model,), 0.1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, P, D] to [B, P, D]."""
-        local = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+    def forward(self, x: Tensor, wanted: slice = ALL) -> Tensor:
+        """Map [B, P, D] to the wanted positions of [B, P, D]."""
+        local = self.depthwise(x.transpose(1, 2)).transpose(1, 2)[:, wanted]
         hidden = self.activation(self.up(self.norm(local)))
-        return x + self.gain * self.down(self.drop(hidden))
+        return x[:, wanted] + self.gain * self.down(self.drop(hidden))
 
 
 class ConvStage(nn.Module):
@@ -104,11 +109,13 @@ class ConvStage(nn.Module):
         self.position: nn.Parameter | None = None
         self.blocks = residual_blocks(depth, d_model, **settings)
 
-    def shorten(self, x: Tensor, first: int = 0) -> Tensor:
-        """Map [B, P, D] to [B, P / stride, D], of which ``first`` is the index of the first."""
+    def shorten(self, x: Tensor, first: int, wanted: slice) -> Tensor:
+        """Map [B, P, D] to the wanted of [B, P / stride, D], whose first has index ``first``."""
         rows, length, width = x.shape
         x = self.merge(x.reshape(rows, length // self.stride, self.stride * width))
-        return x if self.position is None else x + self.position[first : first + x.shape[1]]
+        if self.position is not None:
+            x = x + self.position[first : first + x.shape[1]]
+        return x[:, wanted]
 
 
 def residual_blocks(depth: int, d_model: int, **settings: Any) -> nn.Sequential:
@@ -235,7 +242,7 @@ class ConvTower(nn.Module):
                 "choose a width that is a multiple of the product of the strides."
             )
         for step in self.steps():
-            x = step.run(x, 0)
+            x = step.run(x, 0, ALL)
         return x
 
     def steps(self) -> list[LocalStep]:
@@ -245,15 +252,16 @@ class ConvTower(nn.Module):
         for stage in self.stages:
             steps.append(LocalStep(stage.shorten, stage.stride, 0))
             steps += [_block_step(block) for block in stage.blocks]
-        return [*steps, LocalStep(lambda x, _: self.norm(x), 1, 0)]
+        return [*steps, LocalStep(lambda x, _, wanted: self.norm(x[:, wanted]), 1, 0)]
 
-    def _stem(self, x: Tensor, _: int) -> Tensor:
+    def _stem(self, x: Tensor, _: int, wanted: slice) -> Tensor:
         # No norm over channels behind the stem: it would undo a mask that scales the input.
-        return self.pool(self.activation(self.stem(x.transpose(1, 2)))).transpose(1, 2)
+        x = self.pool(self.activation(self.stem(x.transpose(1, 2))))
+        return x.transpose(1, 2)[:, wanted]
 
 
 def _block_step(block: ConvBlock) -> LocalStep:
-    return LocalStep(lambda x, _: block(x), 1, block.radius)
+    return LocalStep(lambda x, _, wanted: block(x, wanted), 1, block.radius)
 
 
 class BiMamba(nn.Module):
