@@ -8,6 +8,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -217,9 +218,7 @@ def precision_recall(
             recall,
             precision,
             where="post",
-            linewidth=1.5,
-            color=PALETTE[index % len(PALETTE)],
-            linestyle=("-", "--", "-.")[index // len(PALETTE) % 3],
+            **curve_style(index),
             label=f"{wrapped(name, 34)}: {area.value:.3f} (n = {area.n:,})",
         )
     share = np.nanmean(labels)
@@ -227,8 +226,20 @@ def precision_recall(
     ax.axhline(share, color=GREY, linewidth=0.8, linestyle="--", label=label)
     style_axes(ax, "Recall (fraction of positives)", "Precision (fraction of calls)")
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    legend_beside(ax, "Average precision")
+    return ax.figure
+
+
+def curve_style(index: int) -> dict[str, Any]:
+    """Return line settings by which one of many curves is told from the others."""
+    line = ("-", "--", "-.")[index // len(PALETTE) % 3]
+    return {"linewidth": 1.5, "color": PALETTE[index % len(PALETTE)], "linestyle": line}
+
+
+def legend_beside(ax: Axes, title: str) -> None:
+    """Put a legend with a title on the right of a panel."""
     ax.legend(
-        title="Average precision",
+        title=title,
         loc="upper left",
         bbox_to_anchor=(1.02, 1.02),
         frameon=False,
@@ -236,7 +247,6 @@ def precision_recall(
         title_fontsize=SMALL,
         alignment="left",
     )
-    return ax.figure
 
 
 def training_curve(history: pd.DataFrame) -> Figure:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from seq2expr.dna.intervals import overlap
 from seq2expr.interpret.calibrate import calibrate, call, stack, training_genes
 from seq2expr.interpret.explain import Explainer
-from seq2expr.interpret.rivals import Comparison, compare
+from seq2expr.interpret.page import draw_locus
+from seq2expr.interpret.rivals import Comparison, compare, read_rivals
 from seq2expr.interpret.run import Interpretation, interpret
 from seq2expr.interpret.scored import Settings
 from seq2expr.interpret.tables import write_bed
@@ -22,12 +23,12 @@ from seq2expr.learn.metrics import average_precision
 from seq2expr.learn.predict import predict
 from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run, run_config, training_history
+from seq2expr.learn.tables import write_tsv
 from seq2expr.learn.train import train
-from seq2expr.locus import locus
 from seq2expr.plot import controls_bars, precision_recall, save, scatter_predicted, training_curve
 from seq2expr.report import Report
 from seq2expr.simulate import KINDS, SimulationSettings, read_elements, simulate
-from seq2expr.store import publish, write_text
+from seq2expr.store import write_text
 
 CONFIG = "demo"
 """Installed configuration of the demo's model."""
@@ -143,14 +144,16 @@ def demo(
     elements = read_elements(simulation.elements)
     elements = elements[elements["gene_id"].isin(genes["gene_id"])].reset_index(drop=True)
     active = elements.loc[elements["name"] == "active", ["chrom", "start", "end"]]
-    _write(out / "active.bed", active, header=False)
+    write_tsv(out / "active.bed", active, header=False)
     explainer = Explainer(predictor, predictor.model.config.targets[0], Settings())
     windows = explainer.windows(genes)
     mask = stack(explainer.attributions(genes, "mask"))
     calibration = calibrate(explainer, "mask", training_genes(explainer, run, genes))
     regions = call(explainer, calibration, windows, mask)
     write_bed(regions, out / "regions.bed")
-    comparison = compare(explainer, genes, {"mask": mask}, truth=active, out=out / "elements")
+    place = out / "elements"
+    rivals = read_rivals(explainer, genes, truth=active, out=place)
+    comparison = compare(explainer, genes, {"mask": mask}, rivals, out=place)
     some = np.linspace(0, len(genes) - 1, min(explain, len(genes))).round().astype(int)
     explained = interpret(
         run,
@@ -165,7 +168,7 @@ def demo(
     decoys = rank_kinds(elements, windows, {"mask": mask})
     decoys = pd.concat([decoys, rank_kinds(elements, explained.windows, scores)])
     result = DemoResult(out, evaluation, elements, regions, comparison, explained, decoys)
-    _write(out / "decoys.tsv", result.decoys)
+    write_tsv(out / "decoys.tsv", result.decoys)
     _report(result)
     return result
 
@@ -225,10 +228,6 @@ def rank_kinds(
 
 def _sorted(found: Comparison) -> pd.DataFrame:
     return found.ranked.sort_values("average_precision", ascending=False)
-
-
-def _write(path: Path, table: pd.DataFrame, *, header: bool = True) -> None:
-    publish(path, lambda place: table.to_csv(place, sep="\t", header=header, index=False))
 
 
 def _called(result: DemoResult) -> pd.DataFrame:
@@ -375,27 +374,13 @@ def _bars(evaluation: Evaluation, pearson: pd.DataFrame) -> Figure:
 def _locus(result: DemoResult) -> Figure:
     """Draw the first whole window that holds all three kinds of element, or the last window."""
     explained, elements, regions = result.explained, result.elements, result.regions
-    for row, window in enumerate(explained.windows.itertuples()):
+    for window in explained.windows.itertuples():
         inside = elements[
             (elements["gene_id"] == window.gene_id)
             & (elements["end"] > window.start)
             & (elements["start"] < window.end)
         ]
-        gene = explained.genes.iloc[[row]]
         if window.start >= 0 and inside["name"].nunique() == len(KINDS):
             break
-    signals = explained.explainer.signals(gene)
-    genes = explained.explainer.predictor.inputs.genes
-    return locus(
-        chrom=window.chrom,
-        start=window.start,
-        end=window.end,
-        tss=window.tss,
-        strand=window.strand,
-        gene_name=window.gene_name,
-        tracks={name: values[0] for name, values in signals.items()},
-        importance={method: scores[row] for method, scores in explained.scores.items()},
-        genes=genes[genes["chrom"] == window.chrom],
-        elements=inside.assign(kind=inside["name"].str.replace("_", " ")),
-        regions=regions[regions["gene_id"] == window.gene_id],
-    )
+    kinds = inside.assign(kind=inside["name"].str.replace("_", " "))
+    return draw_locus(explained, window.Index, elements=kinds, regions=regions)

@@ -1,8 +1,11 @@
 """What all tests share: a cache of their own, and small genomes, annotations and bigWigs."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +39,16 @@ def realdata() -> Path:
     if not REALDATA.is_dir():
         pytest.skip(f"no real data at {REALDATA}; set SEQ2EXPR_TEST_DATA")
     return REALDATA
+
+
+def load_script(name: str) -> ModuleType:
+    """Import a script of ``data_prep``, which is no package."""
+    path = Path(__file__).parents[1] / "data_prep" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class Gene(NamedTuple):

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -24,14 +23,12 @@ import yaml
 from typer.testing import CliRunner
 
 from seq2expr.errors import UserError
+from tests.conftest import load_script
 
 REPO = Path(__file__).parents[1]
 SCRIPT = REPO / "data_prep" / "yeast.py"
 SHARED = Path(os.environ.get("SEQ2EXPR_TEST_DATA", REPO / "../shared/data")) / "yeast"
-spec = importlib.util.spec_from_file_location("data_prep_yeast", SCRIPT)
-yeast = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = yeast
-spec.loader.exec_module(yeast)
+yeast = load_script("yeast")
 
 CHROMS = {"I": 60, "IV": 40, "XIII": 30, "Mito": 20}
 EXPRESSION = {

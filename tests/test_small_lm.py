@@ -1,10 +1,7 @@
 """The small language model: trained in seconds, saved as any model, better than word counts."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +13,7 @@ from typer.testing import CliRunner
 from seq2expr.errors import UserError
 from seq2expr.text.prompts import render_prompts
 from seq2expr.text.tables import read_texts
+from tests.conftest import load_script
 
 KINDS = ("kinase", "phosphatase", "transporter", "ligase", "helicase", "protease", "synthase")
 PLACES = ("nucleus", "vacuole", "cytosol", "mitochondrion", "membrane", "nucleolus")
@@ -23,12 +21,7 @@ PLACES = ("nucleus", "vacuole", "cytosol", "mitochondrion", "membrane", "nucleol
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "data_prep" / "small_lm.py"
-    spec = importlib.util.spec_from_file_location("small_lm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["small_lm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("small_lm")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Bound sites of yeast: which files count, and where their points come to lie."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,13 +8,10 @@ from typer.testing import CliRunner
 
 from seq2expr.dna.intervals import read_bed
 from seq2expr.errors import UserError
-from tests.conftest import write_fasta
+from tests.conftest import load_script, write_fasta
 
 SCRIPT = Path(__file__).parents[1] / "data_prep" / "yeast_elements.py"
-spec = importlib.util.spec_from_file_location("data_prep_yeast_elements", SCRIPT)
-elements = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = elements
-spec.loader.exec_module(elements)
+elements = load_script("yeast_elements")
 
 FILES = {
     "Abf1_CX.bed": "chr2\t5\t6\nchr1\t50\t51\nchr1\t99\t100\nchr1\t120\t121\n",

@@ -1,6 +1,5 @@
 """MPRA variants in the genome, and predictions scored against their measurements."""
 
-import importlib.util
 import sys
 from itertools import product
 from pathlib import Path
@@ -13,13 +12,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from seq2expr.dna.variants import read_vcf
 from seq2expr.errors import UserError
-from tests.conftest import Gene, random_sequence, write_fasta, write_gtf
+from tests.conftest import Gene, load_script, random_sequence, write_fasta, write_gtf
 
 SCRIPT = Path(__file__).parents[1] / "data_prep" / "yeast_mpra.py"
-spec = importlib.util.spec_from_file_location("data_prep_yeast_mpra", SCRIPT)
-mpra = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = mpra
-spec.loader.exec_module(mpra)
+mpra = load_script("yeast_mpra")
 scoring = sys.modules["yeast_mpra_score"]
 
 ONE, TWO = random_sequence(400, seed=1), random_sequence(300, seed=2)

@@ -1,23 +1,17 @@
 """Predictors that see only the elements of a score, and the figure of it."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from seq2expr.learn.runs import load_run
+from tests.conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "data_prep" / "yeast_retrain.py"
-    spec = importlib.util.spec_from_file_location("yeast_retrain", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["yeast_retrain"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("yeast_retrain")
 
 
 @pytest.mark.parametrize("score", [None, "atac"])

@@ -25,7 +25,7 @@ from seq2expr.interpret.ranking import (
     precision_difference,
 )
 from seq2expr.learn.bootstrap import Bootstrap
-from seq2expr.plot import GREY, PALETTE, SMALL, plain, style_axes
+from seq2expr.plot import GREY, curve_style, legend_beside, plain, style_axes
 
 
 def truth_labels(truth: pd.DataFrame, windows: pd.DataFrame, *, flank_bp: int = 0) -> np.ndarray:
@@ -299,24 +299,14 @@ def coverage_curve(
         ax.plot(
             100 * share,
             enrichment,
-            linewidth=1.5,
-            color=PALETTE[index % len(PALETTE)],
-            linestyle=("-", "--", "-.")[index // len(PALETTE) % 3],
+            **curve_style(index),
             label=plain(name),
         )
     ax.axhline(1, color=GREY, linewidth=0.8, linestyle="--", label="random bases")
     style_axes(ax, "Coverage (% of bases, highest scores first)", "Enrichment of true bases")
     ax.set(xscale="log", xlim=(0.1, 100), ylim=(0, None))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.legend(
-        title=f"n = {truth.n_genes:,} genes, {truth.n_bases:,} bases",
-        loc="upper left",
-        bbox_to_anchor=(1.02, 1.02),
-        frameon=False,
-        fontsize=SMALL,
-        title_fontsize=SMALL,
-        alignment="left",
-    )
+    legend_beside(ax, f"n = {truth.n_genes:,} genes, {truth.n_bases:,} bases")
     return ax.figure
 
 

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -62,28 +61,36 @@ def _show(
     save(figure, result.out / "figures" / stem)
 
 
-def _loci(report: Report, result: "Interpretation") -> None:
-    """Draw the first genes: tracks, every method, regions of the first, and what lies there."""
-    report.section("Loci")
-    chosen = result.genes.iloc[:MAX_LOCI]
-    signals = result.explainer.signals(chosen)
+def draw_locus(
+    result: "Interpretation", row: int, *, elements: pd.DataFrame | None, regions: pd.DataFrame
+) -> Figure:
+    """Draw the window of one gene: tracks, every method, its regions, elements and genes."""
+    window = result.windows.iloc[row]
+    signals = result.explainer.signals(result.genes.iloc[[row]])
     every = result.explainer.predictor.inputs.genes
+    return locus(
+        chrom=window["chrom"],
+        start=window["start"],
+        end=window["end"],
+        tss=window["tss"],
+        strand=window["strand"],
+        gene_name=window["gene_name"],
+        tracks={name: values[0] for name, values in signals.items()},
+        importance={method: scores[row] for method, scores in result.scores.items()},
+        genes=every[every["chrom"] == window["chrom"]],
+        elements=elements,
+        regions=regions[regions["gene_id"] == window["gene_id"]],
+    )
+
+
+def _loci(report: Report, result: "Interpretation") -> None:
+    """Draw the first genes, with the regions of the first method and what lies there."""
+    report.section("Loci")
     first = next(iter(result.scores))
-    found = result.regions[result.regions["method"] == first]
+    regions = result.regions[result.regions["method"] == first]
     for row, window in enumerate(result.windows.iloc[:MAX_LOCI].itertuples()):
-        figure = locus(
-            chrom=window.chrom,
-            start=window.start,
-            end=window.end,
-            tss=window.tss,
-            strand=window.strand,
-            gene_name=window.gene_name,
-            tracks={name: values[row] for name, values in signals.items()},
-            importance={method: scores[row] for method, scores in result.scores.items()},
-            genes=every[every["chrom"] == window.chrom],
-            elements=_elements(result, window.chrom),
-            regions=found[found["gene_id"] == window.gene_id],
-        )
+        elements = _elements(result, window.chrom)
+        figure = draw_locus(result, row, elements=elements, regions=regions)
         caption = (
             f"{window.gene_name} ({window.gene_id}). Called regions are those of {first}; "
             "elements are motif hits in them, and peaks where given."
@@ -178,8 +185,7 @@ def _motifs(report: Report, result: "Interpretation") -> None:
         window = result.windows.iloc[seqlet.window]
         low = max(seqlet.start - flank, window.start, 0)
         high = min(seqlet.end + flank, window.end, genome.lengths[seqlet.chrom])
-        offset = genome.offsets[seqlet.chrom]
-        codes = np.asarray(genome.codes[offset + low : offset + high])
+        codes = genome.sequence(seqlet.chrom, low, high)
         scores = result.scores[method][seqlet.window, low - window.start : high - window.start]
         figure = contribution_logo(codes, scores, start=low)
         motif = getattr(seqlet, "motif", "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2expr.interpret.incremental import incremental
-from seq2expr.model.batch import Batch, Prediction
+from seq2expr.model.batch import Batch, Prediction, fields_on
 from seq2expr.model.layers import one_hot
 
 
@@ -53,10 +53,7 @@ class Probe:
         self.model, self.target, self.batch_size = model, target, batch_size
         self.anchor = anchor
         self.device = next(model.parameters()).device
-        self.fields = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        self.fields = fields_on(batch, self.device)
         self.codes: Tensor = self.fields["codes"][0]
         self.asked = torch.ones_like(self.codes, dtype=torch.bool)
         self.random = np.random.default_rng([seed, *self.codes[:64].tolist()])

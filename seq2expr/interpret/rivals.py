@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from seq2expr.interpret.explain import Explainer
 from seq2expr.interpret.macs3 import call_peaks
 from seq2expr.interpret.peaks import describe, peak_mask, read_score_track
 from seq2expr.interpret.regions import smooth
-from seq2expr.store import publish
+from seq2expr.learn.tables import write_tsv
 
 
 @dataclass
@@ -123,20 +122,6 @@ def compare(
     explainer: Explainer,
     genes: pd.DataFrame,
     scores: Mapping[str, np.ndarray],
-    *,
-    out: Path,
-    **given: Any,
-) -> Comparison:
-    """Read what is given to :func:`read_rivals`, and :func:`compare_with` it."""
-    return compare_with(
-        explainer, genes, scores, read_rivals(explainer, genes, out=out, **given), out=out
-    )
-
-
-def compare_with(
-    explainer: Explainer,
-    genes: pd.DataFrame,
-    scores: Mapping[str, np.ndarray],
     rivals: Rivals,
     *,
     out: Path,
@@ -162,42 +147,42 @@ def compare_with(
     """
     windows = explainer.windows(genes)
     keep = explainer.keep(windows)
-    controls, masks = rivals.ranks | _controls(explainer, genes, windows), rivals.peaks
+    controls, masks = rivals.ranks | _controls(explainer, genes, windows, keep), rivals.peaks
     every = dict(scores) | controls
     result = Comparison(
         every, masks, keep, agreement(every, keep=keep), _overlap(scores, masks, keep)
     )
-    _write(out / "agreement.tsv", result.agreement)
+    write_tsv(out / "agreement.tsv", result.agreement)
     if masks:
-        _write(out / "peaks.tsv", result.overlap)
+        write_tsv(out / "peaks.tsv", result.overlap)
     if rivals.labels is None:
         return result
     labels = result.labels = rivals.labels
     # A peak set ranks its bases above all others; ties count by fraction.
     as_scores = {name: mask.astype(np.float32) for name, mask in masks.items()}
     result.ranked = ranked(labels, every | as_scores, keep=keep)
-    _write(out / "truth.tsv", result.ranked)
+    write_tsv(out / "truth.tsv", result.ranked)
     pairs = [
         paired(labels, controls | as_scores | {name: score}, best=name, keep=keep)
         for name, score in scores.items()
     ]
     result.paired = pd.concat(pairs, ignore_index=True)
-    _write(out / "truth_paired.tsv", result.paired)
+    write_tsv(out / "truth_paired.tsv", result.paired)
     if masks:
         result.binary = binary(labels, every, masks, keep=keep)
-        _write(out / "truth_peaks.tsv", result.binary)
+        write_tsv(out / "truth_peaks.tsv", result.binary)
     return result
 
 
 def _controls(
-    explainer: Explainer, genes: pd.DataFrame, windows: pd.DataFrame
+    explainer: Explainer, genes: pd.DataFrame, windows: pd.DataFrame, keep: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return each input track, their mean as ln(1 + x / mean), distance to the TSS, and chance.
 
     Tracks come as they are and smoothed, since sparse ones mark stretches better than bases.
     """
     tracks = explainer.signals(genes)
-    width, keep = explainer.settings.control_smooth_bp, explainer.keep(windows)
+    width = explainer.settings.control_smooth_bp
     found = {f"track {name}": values for name, values in tracks.items()}
     found |= {f"{name}, {width} bp": smooth(x, width, keep=keep) for name, x in found.items()}
     if len(tracks) > 1:
@@ -245,18 +230,16 @@ def _overlap(
 ) -> pd.DataFrame:
     """Tell which share of each peak set the methods rank among their highest as many bases."""
     rows = []
+    orders = {
+        method: np.argsort(-values[keep], kind="stable")
+        for method, values in scores.items()
+        if masks
+    }
     for name, mask in masks.items():
         inside = mask[keep]
         count = int(inside.sum())
-        for method, values in scores.items():
-            share = float("nan")
-            if count:
-                top = np.argsort(-values[keep], kind="stable")[:count]
-                share = float(inside[top].mean())
+        for method, order in orders.items():
+            share = float(inside[order[:count]].mean()) if count else float("nan")
             rows.append((name, count, count / inside.size, method, share))
     columns = ["peaks", "n_bases", "coverage", "method", "shared"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    publish(path, lambda place: table.to_csv(place, sep="\t", index=False))

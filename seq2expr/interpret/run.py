@@ -21,14 +21,14 @@ from seq2expr.interpret.motifs import Motif, optional, read_motifs
 from seq2expr.interpret.peaks import interval_mask
 from seq2expr.interpret.perturb import perturb
 from seq2expr.interpret.regions import merge_genome_wide
-from seq2expr.interpret.rivals import Comparison, Rivals, compare_with, read_rivals
+from seq2expr.interpret.rivals import Comparison, Rivals, compare, read_rivals
 from seq2expr.interpret.scored import Settings
 from seq2expr.interpret.seqlets import annotate, find_seqlets
 from seq2expr.learn.predictor import Request, open_request
 from seq2expr.learn.runs import find_run, run_config
-from seq2expr.learn.tables import check_out
+from seq2expr.learn.tables import check_out, write_skipped, write_tsv
 from seq2expr.progress import progress
-from seq2expr.store import publish, write_text
+from seq2expr.store import publish
 
 
 @dataclass
@@ -233,14 +233,14 @@ def _run(request: Request, explainer: Explainer, asked: _Asked, out: Path) -> In
         if asked.motifs:
             _name(result, asked.motifs)
         if asked.rivals is not None:
-            result.comparison = compare_with(
+            result.comparison = compare(
                 explainer,
                 genes,
                 {method: result.element_scores(method) for method in asked.methods},
                 asked.rivals,
                 out=out,
             )
-    _write_skipped(result)
+    write_skipped(result.out, result.skipped)
     write_report(result)
     return result
 
@@ -259,7 +259,7 @@ def _perturb(result: Interpretation, request: Request, asked: _Asked) -> None:
         reason = "the file is empty" if first is None else f"{first['name']}: {first['reason']}"
         raise UserError(f"None of the edits can be scored ({reason}). Check positions and build.")
     for kind, table in result.effects.items():
-        _write(result.out / f"{kind}.tsv", table)
+        write_tsv(result.out / f"{kind}.tsv", table)
 
 
 def _check_bases(explainer: Explainer, genes: pd.DataFrame) -> None:
@@ -315,7 +315,7 @@ def _score(result: Interpretation, methods: list[str]) -> None:
     tables.write_scores(result.out / "scores.parquet", attributions())
     columns = ["gene_id", "method", "figure", "value", "flagged"]
     result.checks = pd.DataFrame(checks, columns=columns)
-    _write(result.out / "checks.tsv", result.checks)
+    write_tsv(result.out / "checks.tsv", result.checks)
 
 
 def _call(result: Interpretation) -> None:
@@ -341,28 +341,16 @@ def _name(result: Interpretation, motifs: list[Motif]) -> None:
     regions = result.regions[result.regions["method"] == method].reset_index(drop=True)
     if len(regions):
         result.motifs = enrich(regions, result.windows, genome, motifs)
-        _write(result.out / "motif_hits.tsv", result.motifs.hits)
-        _write(result.out / "motif_enrichment.tsv", result.motifs.table)
+        write_tsv(result.out / "motif_hits.tsv", result.motifs.hits)
+        write_tsv(result.out / "motif_enrichment.tsv", result.motifs.table)
     by_base = [name for name in BY_BASE if name in result.scores]
     if by_base:
         seqlets = find_seqlets(result.scores[by_base[0]], result.windows)
         result.seqlets = annotate(seqlets, genome, motifs) if len(seqlets) else seqlets
-        _write(result.out / "seqlets.tsv", result.seqlets)
+        write_tsv(result.out / "seqlets.tsv", result.seqlets)
 
 
 def _reasons(skipped: pd.DataFrame) -> pd.DataFrame:
     """Join name and position of edits, as one name."""
     name = skipped["name"].astype(str) + " at " + skipped["position"].astype(str)
     return pd.DataFrame({"name": name, "reason": skipped["reason"]})
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    publish(path, lambda place: table.to_csv(place, sep="\t", index=False))
-
-
-def _write_skipped(result: Interpretation) -> None:
-    place = result.out.with_name(result.out.name + ".skipped.tsv")
-    if len(result.skipped):
-        write_text(place, result.skipped.to_csv(sep="\t", index=False))
-    else:
-        place.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What fine-tuning will take, measured on one step before it starts: parameters, memory, time."""
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from seq2expr.learn.adapters import system_of
 from seq2expr.learn.dataset import GeneCollator, gene_rows
 from seq2expr.learn.train import Task, training_rows
+from seq2expr.model.batch import Batch, fields_on
 
 
 class Cost(NamedTuple):
@@ -75,13 +76,10 @@ def _is_added(name: str) -> bool:
     return any(part.startswith(added) for part in name.split("."))
 
 
-def _step(model: nn.Module, batch: Any, *, bf16: bool) -> int:
+def _step(model: nn.Module, batch: Batch, *, bf16: bool) -> int:
     """Run forward and backward once; return the bytes of activations that were kept between."""
     device = next(model.parameters()).device
-    fields = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    fields = fields_on(batch, device)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from seq2expr.learn.predictor import Predictor, open_request
-from seq2expr.learn.tables import check_out, write_table
+from seq2expr.learn.tables import check_out, write_skipped, write_table
 from seq2expr.progress import progress
 from seq2expr.store import publish, write_text
 
@@ -148,7 +148,7 @@ def _write(
         )
         _check_ids(table, genes)
         publish(target, lambda path: write_table(table, path, kind=target.name))
-        _write_skipped(skipped, target)
+        write_skipped(target, skipped)
         shutil.rmtree(parts)
     state.wait_for_everyone()
     return table
@@ -161,14 +161,6 @@ def _claim(parts: Path, request: str) -> None:
         return
     shutil.rmtree(parts, ignore_errors=True)
     write_text(stamp, json.dumps({"request": request}))
-
-
-def _write_skipped(skipped: pd.DataFrame, target: Path) -> None:
-    place = target.with_name(target.name + ".skipped.tsv")
-    if len(skipped):
-        publish(place, lambda path: skipped.to_csv(path, sep="\t", index=False))
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _check_ids(table: pd.DataFrame, genes: pd.DataFrame) -> None:

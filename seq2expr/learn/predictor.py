@@ -16,7 +16,7 @@ from seq2expr.dna.windows import WindowArrays, Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import to_batch
 from seq2expr.learn.runs import find_run, load_run
-from seq2expr.model.batch import Batch, Prediction
+from seq2expr.model.batch import Batch, Prediction, fields_on
 from seq2expr.model.system import Ensemble, System, SystemConfig
 from seq2expr.store import digest, file_digest
 
@@ -65,11 +65,7 @@ class Predictor:
 
     def answer(self, batch: Batch) -> Prediction:
         """Ask the model about a batch, without a graph; the answer is on the model's device."""
-        device = next(self.model.parameters()).device
-        fields = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        fields = fields_on(batch, next(self.model.parameters()).device)
         with torch.inference_mode():
             return self.model(**fields)
 

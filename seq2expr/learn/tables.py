@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from seq2expr.errors import UserError
+from seq2expr.store import publish
 
 
 def check_out(out: str | os.PathLike, endings: Sequence[str]) -> Path:
@@ -29,6 +30,20 @@ def check_out(out: str | os.PathLike, endings: Sequence[str]) -> Path:
         why = "it is a directory" if path.is_dir() else f"{folder} is no writable directory"
         raise UserError(f"Cannot write {path}: {why}. Choose another --out.")
     return path
+
+
+def write_tsv(path: Path, table: pd.DataFrame, *, header: bool = True) -> None:
+    """Write a table with full precision, whole or not at all."""
+    publish(path, lambda place: table.to_csv(place, sep="\t", header=header, index=False))
+
+
+def write_skipped(out: Path, skipped: pd.DataFrame) -> None:
+    """Write what could not be done to ``<out>.skipped.tsv``; where that is nothing, no file."""
+    place = out.with_name(out.name + ".skipped.tsv")
+    if len(skipped):
+        write_tsv(place, skipped)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def write_table(table: pd.DataFrame, path: Path, *, kind: str) -> None:

@@ -4,6 +4,7 @@ Axes: B rows, L bases, S signal channels, K profile channels, F features, G targ
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
@@ -49,6 +50,14 @@ class Batch(ModelOutput):
     features: torch.Tensor | None = None
     target: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
+
+
+def fields_on(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Return the fields of a batch, its tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 @dataclass(frozen=True)
