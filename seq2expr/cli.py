@@ -56,6 +56,9 @@ Contacts = Annotated[
 Blacklist = Annotated[
     Path | None, typer.Option("--blacklist", help="BED of bases that are masked.")
 ]
+Text = Annotated[
+    list[Path] | None, typer.Option("--text", help="Table of gene descriptions, for prompts.")
+]
 ChromMap = Annotated[
     str | None, typer.Option("--chrom-map", help="auto, or a TSV of chromosome names.")
 ]
@@ -130,6 +133,7 @@ def predict(
     tss: Tss = None,
     contacts: Contacts = None,
     blacklist: Blacklist = None,
+    text: Text = None,
     chrom_map: ChromMap = None,
     verify: Verify = False,
 ) -> None:
@@ -138,8 +142,8 @@ def predict(
 
     result = predict(
         run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
-        features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
-        out=out, verify=verify,
+        features=features, tss=tss, contacts=contacts, blacklist=blacklist, text=text or (),
+        chrom_map=chrom_map, out=out, verify=verify,
     )  # fmt: skip
     _say(
         f"Predicted {result.n:,} genes into {out} "
@@ -161,6 +165,7 @@ def interpret(
     tss: Tss = None,
     contacts: Contacts = None,
     blacklist: Blacklist = None,
+    text: Text = None,
     chrom_map: ChromMap = None,
     verify: Verify = False,
     method: Annotated[
@@ -194,8 +199,8 @@ def interpret(
 
     result = interpret(
         run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
-        features=features, tss=tss, contacts=contacts, blacklist=blacklist, chrom_map=chrom_map,
-        methods=_names(method), target=target, delete=delete,
+        features=features, tss=tss, contacts=contacts, blacklist=blacklist, text=text or (),
+        chrom_map=chrom_map, methods=_names(method), target=target, delete=delete,
         insert=insert, variants=variants, motifs=motifs or (), peaks=peaks or (),
         fragments=fragments, truth=truth, bases=bases, overrides=overrides or (), out=out,
         verify=verify,

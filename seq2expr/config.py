@@ -119,7 +119,7 @@ class DataConfig(Strict):
     """The data set: inputs, labels and split (``data:`` of a run).
 
     Paths are relative to the data root. ``tracks`` lists inputs only; ``target_tracks`` are
-    base-level labels and never accepted as inputs.
+    base-level labels and never accepted as inputs; ``text`` lists tables of gene descriptions.
     """
 
     name: str
@@ -132,6 +132,7 @@ class DataConfig(Strict):
     features: FeatureSpec = FeatureSpec()
     contacts: str | None = None
     blacklist: str | None = None
+    text: list[str] = []
     tss_rule: str = "gene"
     tss: str | None = None
     chrom_map: str | None = None
@@ -230,6 +231,9 @@ class AdapterConfig(Strict):
     targets
         Names, or last parts of names, of the Linear modules; by default all outside the heads
         with more than ``rank`` inputs and outputs.
+    part
+        Of a system with frozen parts, the one that gets the adapter: ``language`` (the default)
+        or ``trunk``.
     """
 
     kind: AdapterKind
@@ -238,6 +242,7 @@ class AdapterConfig(Strict):
     alpha: float = pydantic.Field(8.0, gt=0)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     targets: list[str] = []
+    part: str | None = None
 
 
 class RunConfig(Strict):

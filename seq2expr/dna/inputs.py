@@ -54,6 +54,8 @@ class DnaFiles:
         How the TSS follows from the annotation (see :func:`seq2expr.dna.genes.gene_table`).
     chrom_map
         ``auto``, or a table of chromosome names; None takes names as they are.
+    texts
+        Tables of gene descriptions, for systems that read prompts.
     """
 
     genome: Path
@@ -68,6 +70,7 @@ class DnaFiles:
     tss: Path | None = None
     tss_rule: str = "gene"
     chrom_map: str | os.PathLike | None = None
+    texts: Sequence[Path] = ()
 
     def sources(self) -> dict[str, Path]:
         """Return every file by role, for hashes and manifests."""
@@ -81,6 +84,7 @@ class DnaFiles:
             "chrom_map": None if self.chrom_map == "auto" else self.chrom_map,
         }
         files = {role: path for role, path in named.items() if path is not None}
+        files |= {f"text {place}": path for place, path in enumerate(self.texts)}
         files |= {f"track {name}": path for name, path in self.tracks.items()}
         return files | {f"target track {name}": path for name, path in self.profiles.items()}
 

@@ -18,6 +18,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from seq2expr.config import AdapterConfig
 from seq2expr.errors import UserError
@@ -58,12 +59,14 @@ def linear_modules(system: System, settings: AdapterConfig) -> list[str]:
     UserError
         When there is none; the message lists the adapters that fit.
     """
+    part = _part(system, settings)
     fitting = [
         name
         for name, module in system.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
+        and name.startswith(part)
         and name.partition(".")[0] not in system.whole
-        and min(module.in_features, module.out_features) > settings.rank
+        and min(module.weight.shape) > settings.rank
     ]
     wanted = settings.targets
     found = [n for n in fitting if not wanted or any(f".{n}".endswith(f".{t}") for t in wanted)]
@@ -82,6 +85,20 @@ def linear_modules(system: System, settings: AdapterConfig) -> list[str]:
     )
 
 
+def _part(system: System, settings: AdapterConfig) -> str:
+    """Return how the names begin of the modules that may get an adapter."""
+    if not system.adapted:
+        if settings.part is not None:
+            raise UserError(
+                f"adapter.part is {settings.part!r}; the base has no parts. Leave it out."
+            )
+        return ""
+    part = settings.part or system.adapted[0]
+    if part not in system.adapted:
+        raise UserError(f"adapter.part is {part!r}; it can be {', '.join(system.adapted)}.")
+    return f"{part}."
+
+
 def add_adapter(system: System, settings: AdapterConfig) -> PeftModel:
     """Put an adapter on a system; until it is trained, the answers are exactly those of the base.
 
@@ -96,17 +113,19 @@ def add_adapter(system: System, settings: AdapterConfig) -> PeftModel:
     whole = [name for name in system.whole if getattr(system, name, None) is not None]
     shared = {"modules_to_save": whole}
     if settings.kind == "ia3":
-        config = IA3Config(
-            target_modules=linear_modules(system, settings), feedforward_modules=[], **shared
-        )
+        targets = linear_modules(system, settings)
+        shared["fan_in_fan_out"] = _transposed(system, targets)
+        config = IA3Config(target_modules=targets, feedforward_modules=[], **shared)
     else:
         alone = settings.kind == "head"
+        targets = DUMMY_TARGET_MODULES if alone else linear_modules(system, settings)
+        shared["fan_in_fan_out"] = not alone and _transposed(system, targets)
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             use_dora=settings.kind == "dora",
-            target_modules=DUMMY_TARGET_MODULES if alone else linear_modules(system, settings),
+            target_modules=targets,
             **shared,
         )
     system.frozen_statistics = True
@@ -115,6 +134,11 @@ def add_adapter(system: System, settings: AdapterConfig) -> PeftModel:
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file every time
     return model
+
+
+def _transposed(system: System, targets: list[str]) -> bool:
+    """Tell whether the weights are stored as inputs × outputs, as in GPT-2."""
+    return any(isinstance(system.get_submodule(name), Conv1D) for name in targets)
 
 
 def _check_saved(system: System) -> None:
@@ -282,7 +306,9 @@ def _merge(model: PeftModel) -> System:
         wrapper = getattr(system, name, None)
         if wrapper is not None:
             setattr(system, name, wrapper.modules_to_save[model.active_adapter])
-    return model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.claim()
+    return merged
 
 
 def _probe(system: System, rows: int = 4) -> dict[str, torch.Tensor]:

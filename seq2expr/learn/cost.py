@@ -58,7 +58,7 @@ def measure(task: Task) -> Cost:
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     rows = training_rows(task.config, task.data)[: task.config.train.batch_size]
     table = gene_rows(task.data, rows, task.windows, task.features)
-    batch = GeneCollator(task.windows)(list(table))
+    batch = GeneCollator(task.windows, task.extras)(list(table))
     with torch.random.fork_rng():
         _step(model, batch, bf16=task.config.train.bf16)  # the first is slower
         begin = time.perf_counter()

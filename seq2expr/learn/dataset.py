@@ -12,9 +12,10 @@ import torch
 
 from seq2expr.config import DataConfig
 from seq2expr.dna.inputs import DnaFiles, DnaInputs
-from seq2expr.dna.windows import Sites, WindowArrays, Windows
+from seq2expr.dna.windows import Sites, Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_category, read_expression
+from seq2expr.learn.reading import NO_EXTRAS, Extras, to_batch
 from seq2expr.learn.splits import Split, apply_groups, chromosome_split
 from seq2expr.model.batch import Batch
 
@@ -80,6 +81,7 @@ def data_files(data: DataConfig, root: Path) -> DnaFiles:
         tss=_under(root, data.tss),
         tss_rule=data.tss_rule,
         chrom_map=chrom_map if chrom_map in (None, "auto") else root / chrom_map,
+        texts=[root / path for path in data.text],
     )
 
 
@@ -163,6 +165,8 @@ class GeneCollator:
     ----------
     windows
         The reader.
+    extras
+        What is added to the windows.
     jitter_bp
         Largest shift of a window.
     reverse_complement
@@ -172,6 +176,7 @@ class GeneCollator:
     """
 
     windows: Windows
+    extras: Extras = NO_EXTRAS
     jitter_bp: int = 0
     reverse_complement: float = 0.0
     seed: int = 0
@@ -188,6 +193,8 @@ class GeneCollator:
         if self.jitter_bp or self.reverse_complement:
             sites = self._augment(sites)
         batch = to_batch(sites.gene_id, self.windows.read(sites), self.windows)
+        self.extras.add_prompts(batch)
+        self.extras.add_trunk(batch)
         for name in ("features", "target", "target_mask"):
             if name in rows[0]:
                 batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
@@ -203,20 +210,6 @@ class GeneCollator:
         shift = np.floor(draws[:, 0] * (2 * self.jitter_bp + 1)).astype(np.int64) - self.jitter_bp
         turned = draws[:, 1] < self.reverse_complement
         return sites._replace(tss=sites.tss + shift, minus=sites.minus ^ turned)
-
-
-def to_batch(ids: Sequence[str], arrays: WindowArrays, windows: Windows) -> Batch:
-    """Wrap arrays of a read as a batch, without copying."""
-    batch = Batch(ids=list(ids), codes=torch.from_numpy(arrays.codes))
-    if arrays.signal is not None:
-        batch["signal"] = torch.from_numpy(arrays.signal)
-        batch["signal_scale"] = torch.from_numpy(windows.scales)
-    if arrays.profile is not None:
-        batch["profile"] = torch.from_numpy(arrays.profile)
-        batch["profile_scale"] = torch.from_numpy(windows.profile_scales)
-    if arrays.keep is not None:
-        batch["keep"] = torch.from_numpy(arrays.keep)
-    return batch
 
 
 def _under(root: Path, path: str | None) -> Path | None:

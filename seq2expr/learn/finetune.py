@@ -39,11 +39,16 @@ from seq2expr.learn.runs import (
     is_finished,
     load_base,
     run_config,
-    run_manifest,
 )
-from seq2expr.learn.train import Task, fit_targets, open_windows, train_members
+from seq2expr.learn.seen import check_unseen, home_of
+from seq2expr.learn.train import (
+    Task,
+    fit_targets,
+    open_training_extras,
+    open_windows,
+    train_members,
+)
 from seq2expr.model.system import System, SystemConfig, members_of, system_class
-from seq2expr.store import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +125,7 @@ def finetune(
     if finished:
         log.info("%s is finished already; remove it to fine-tune again.", out)
     else:
-        leaky = _check_split(base, config.data, root)
+        leaky = check_unseen(_home(base), config.data, root, what="base")
         task = _prepare(config, base, root)
         cost = measure(task)  # refuses an adapter that does not fit before anything is written
         if state.is_main_process:
@@ -135,13 +140,13 @@ def finetune(
 
 def _home(base: Path) -> Path:
     """Return the directory of the run that a base is, or is a member of."""
-    for place in (base, base.parent.parent):
-        if (place / "run.yaml").is_file() and (place / "manifest.json").is_file():
-            return place
-    raise UserError(
-        f"{base} has no run.yaml and manifest.json, from which fine-tuning takes its settings. "
-        "Give the directory of a finished run."
-    )
+    home = home_of(base)
+    if home is None:
+        raise UserError(
+            f"{base} has no run.yaml and manifest.json, from which fine-tuning takes its "
+            "settings. Give the directory of a finished run."
+        )
+    return home
 
 
 def _configure(
@@ -205,29 +210,6 @@ def _as_base(data: DataConfig, geometry: SystemConfig, root: Path) -> DataConfig
     return data.model_copy(update=changes)
 
 
-def _check_split(base: Path, data: DataConfig, root: Path) -> bool:
-    """Refuse to test on chromosomes of the same genome that the base was trained on.
-
-    Returns
-    -------
-    Whether that was allowed and is the case.
-    """
-    home = _home(base)
-    known = run_manifest(home)["inputs"]["genome"]["blake2b"]
-    before = run_config(home).data
-    held = {*before.split.test, *before.exclude_chroms}
-    seen = [chrom for chrom in data.split.test if chrom not in held]
-    if not seen or file_digest(root / data.genome) != known:
-        return False
-    if not data.split.allow_leaky:
-        raise UserError(
-            f"The base was trained on {', '.join(seen)}, on which the data file wants to test. "
-            f"Hold out {', '.join(before.split.test) or 'nothing'} as the base did, or set "
-            "data.split.allow_leaky=true."
-        )
-    return True
-
-
 def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     """Open the data, and say how a member is built from that of the base."""
     members = members_of(base)
@@ -238,6 +220,7 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     if geometry.features is not None:
         features = FeatureScaler.from_dict(geometry.features).transform(data.features)
     before = run_config(_home(base)).data.targets
+    cache = config.adapter.part != "trunk"  # features of a trunk that is trained change
     renewed = None
     if fitted["targets"] != geometry.targets or before != config.data.targets:
         renewed = type(geometry).from_dict(geometry.to_dict() | fitted)
@@ -246,6 +229,7 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
         data=data,
         windows=windows,
         features=features,
+        extras=open_training_extras(load_base(members[0]), config, data, windows, cache=cache),
         build=partial(_build, members, config, renewed),
         save=partial(_save, config.adapter.base),
         bases=[{"path": str(place), "weights": weights_digest(place)} for place in members],
@@ -261,6 +245,7 @@ def _build(
     system = model
     if settings.kind == "full":
         system.frozen_statistics = True
+        system.thaw()
     else:
         model = add_adapter(system, settings)
     if renewed is not None:

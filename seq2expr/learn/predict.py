@@ -61,6 +61,7 @@ def predict(
     tss: str | os.PathLike | None = None,
     contacts: str | os.PathLike | None = None,
     blacklist: str | os.PathLike | None = None,
+    text: Sequence[str | os.PathLike] = (),
     chrom_map: str | os.PathLike | None = None,
     out: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -83,6 +84,8 @@ def predict(
         bigWig of every track that the run was trained with, by name.
     features, tss, contacts, blacklist
         Optional tables (see :class:`seq2expr.dna.inputs.DnaFiles`).
+    text
+        Tables of gene descriptions, for a run that reads prompts.
     chrom_map
         ``auto``, or a table of chromosome names.
     out
@@ -110,6 +113,7 @@ def predict(
         tss=tss,
         contacts=contacts,
         blacklist=blacklist,
+        text=text,
         chrom_map=chrom_map,
         batch_size=batch_size,
         verify=verify,

@@ -14,7 +14,7 @@ from seq2expr.dna.genes import read_gene_list, select_genes
 from seq2expr.dna.inputs import DnaFiles, DnaInputs
 from seq2expr.dna.windows import WindowArrays, Windows
 from seq2expr.errors import UserError
-from seq2expr.learn.dataset import to_batch
+from seq2expr.learn.reading import NO_EXTRAS, Extras, open_extras, to_batch
 from seq2expr.learn.runs import find_run, load_run
 from seq2expr.model.batch import Batch, Prediction, fields_on
 from seq2expr.model.system import Ensemble, System, SystemConfig
@@ -42,6 +42,8 @@ class Predictor:
         Scaled features by gene id, or None.
     batch_size
         Genes per forward pass.
+    extras
+        What the model reads beside the windows.
     """
 
     model: System | Ensemble
@@ -49,6 +51,7 @@ class Predictor:
     windows: Windows
     features: pd.DataFrame | None
     batch_size: int
+    extras: Extras = NO_EXTRAS
 
     def batch(self, genes: pd.DataFrame) -> Batch:
         """Read the windows and features of some genes."""
@@ -56,11 +59,15 @@ class Predictor:
         return self.batch_of(sites.gene_id, self.windows.read(sites))
 
     def batch_of(self, gene_ids: Sequence[str], arrays: WindowArrays) -> Batch:
-        """Wrap windows that were read, with the features of their genes."""
+        """Wrap windows that were read, with features and prompts of their genes.
+
+        A trunk is left to the model: windows may be changed before it sees them.
+        """
         batch = to_batch(gene_ids, arrays, self.windows)
         if self.features is not None:
             values = self.features.loc[list(gene_ids)].to_numpy(np.float32)
             batch["features"] = torch.from_numpy(values)
+        self.extras.add_prompts(batch)
         return batch
 
     def answer(self, batch: Batch) -> Prediction:
@@ -78,7 +85,9 @@ class Predictor:
             full = len(sites.gene_id) == self.batch_size
             arrays = self.windows.read(sites, out=buffers if full else None)
             buffers = arrays if full else buffers
-            answer = self.answer(self.batch_of(sites.gene_id, arrays))
+            batch = self.batch_of(sites.gene_id, arrays)
+            self.extras.add_trunk(batch)
+            answer = self.answer(batch)
             answer = Prediction(mean=_cpu(answer.mean), importance=_cpu(answer.importance))
             yield genes.iloc[rows], answer
             if rows.stop % _RELEASE < self.batch_size:
@@ -126,7 +135,8 @@ def open_predictor(
         features = pd.DataFrame(scaler.transform(raw), index=raw.index)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return Predictor(model, inputs, windows, features, batch_size)
+    extras = open_extras(model, files.texts, inputs.genes)
+    return Predictor(model, inputs, windows, features, batch_size, extras)
 
 
 def _check_features(config: SystemConfig, files: DnaFiles) -> None:
@@ -225,6 +235,7 @@ def open_request(
     tss: str | os.PathLike | None = None,
     contacts: str | os.PathLike | None = None,
     blacklist: str | os.PathLike | None = None,
+    text: Sequence[str | os.PathLike] = (),
     chrom_map: str | os.PathLike | None = None,
     batch_size: int = 32,
     verify: bool = False,
@@ -249,6 +260,7 @@ def open_request(
         tss=_path(tss),
         tss_rule=model.config.tss_rule,
         chrom_map=chrom_map,
+        texts=[Path(path) for path in text],
     )
     if features is not None and not model.config.feature_table:
         raise UserError("The run was trained without a feature table. Leave out --features.")

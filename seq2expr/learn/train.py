@@ -21,7 +21,9 @@ from seq2expr.dna.normalise import fit_signal
 from seq2expr.dna.windows import Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneCollator, GeneData, gene_rows, open_data
+from seq2expr.learn.reading import Extras, open_extras
 from seq2expr.learn.runs import finish_run, is_finished, quiet, start_run
+from seq2expr.learn.seen import check_unseen, home_of
 from seq2expr.learn.splits import folds
 from seq2expr.learn.trainer import fit
 from seq2expr.model.system import System, SystemConfig, check_settings, system_class
@@ -99,8 +101,22 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
 
 def _train_model(config: RunConfig, system: type[System], root: Path, out: Path) -> None:
     """Open the data, train every member, and write what makes a directory a run."""
-    data, windows = open_windows(config.data, root, system.config_class(**config.model))
-    train_members(_prepare(config, system, data, windows), root, out)
+    geometry = system.config_class(**config.model)
+    leaky = _check_trunk(geometry, config.data, root)
+    data, windows = open_windows(config.data, root, geometry)
+    notes = {"leaky": True} if leaky else {}
+    train_members(_prepare(config, system, data, windows), root, out, notes)
+
+
+def _check_trunk(geometry: SystemConfig, data: DataConfig, root: Path) -> bool:
+    """Refuse a trunk that was trained on the test chromosomes; tell whether one is allowed."""
+    source = (getattr(geometry, "trunk", None) or {}).get("source")
+    if source is None:
+        return False
+    if home_of(Path(source)) is None:
+        log.warning("%s does not say what it was trained on; the split is not checked.", source)
+        return False
+    return check_unseen(Path(source), data, root, what="trunk")
 
 
 def open_windows(data: DataConfig, root: Path, geometry: SystemConfig) -> tuple[GeneData, Windows]:
@@ -128,6 +144,8 @@ class Task:
         The data set, opened.
     features
         Scaled features of its genes, or None.
+    extras
+        What the system reads beside the windows.
     build
         Makes the model of a member, after the seeds were set.
     save
@@ -140,6 +158,7 @@ class Task:
     data: GeneData
     windows: Windows
     features: np.ndarray | None
+    extras: Extras
     build: Callable[[int], nn.Module]
     save: Callable[[Any, Path], None]
     bases: Sequence[Mapping[str, str]] = ()
@@ -164,6 +183,8 @@ def train_members(
     config, data, state = task.config, task.data, PartialState()
     if state.is_main_process:  # only now: a request that cannot be carried out leaves nothing
         start_run(out, config)
+        if task.extras.prompts is not None:
+            task.extras.prompts.prompts.save(out / "prompts.parquet")
     summaries = []
     for member in range(config.train.members):
         place = out if config.train.members == 1 else out / "members" / str(member)
@@ -204,8 +225,48 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
         features = scaler.transform(data.features)
         fitted |= {"features": scaler.to_dict(), "n_features": features.shape[1]}
     model_config = system.config_class(**config.model, **fitted)
-    system(model_config)  # refuses settings that do not fit before anything is written
-    return Task(config, data, windows, features, lambda _: system(model_config), _save)
+    probe = system(model_config)  # refuses settings that do not fit before anything is written
+    extras = open_training_extras(probe, config, data, windows)
+    trunk = extras.statistics(probe, windows, windows.sites(data.genes.iloc[rows]))
+
+    def build(_: int) -> System:
+        model = system(model_config)
+        if trunk is not None:
+            model.fit_trunk(*trunk)
+        return model
+
+    return Task(config, data, windows, features, extras, build, _save)
+
+
+def open_training_extras(
+    model: System, config: RunConfig, data: GeneData, windows: Windows, *, cache: bool = True
+) -> Extras:
+    """Open what a model reads beside the windows, and compute what training asks for often.
+
+    Features of a frozen trunk come from the cache unless windows are shifted at random, or
+    ``cache`` is off; the trunk then runs at every step.
+
+    Raises
+    ------
+    UserError
+        When files or settings do not fit, and when a trunk in another process had to run at every
+        step.
+    """
+    cache = cache and not config.train.jitter_bp
+    trunk = getattr(model, "trunk", None)
+    if trunk is not None and not (cache or trunk.online):
+        raise UserError(
+            "The trunk runs in a process of its own, so its features must come from the cache. "
+            "Set train.jitter_bp=0, and adapt the language model instead."
+        )
+    with PartialState().main_process_first():
+        extras = open_extras(model, data.inputs.files.texts, data.inputs.genes, cache=cache)
+        sites = windows.sites(data.genes.iloc[data.rows("train", "valid")])
+        turned = config.train.reverse_complement > 0
+        extras.prepare(windows, sites, both_strands=turned, what="trunk features")
+    if extras.prompts is not None and PartialState().is_main_process:
+        log.info("%s", extras.prompts.describe())
+    return extras
 
 
 def _save(model: System, place: Path) -> None:
@@ -266,13 +327,13 @@ def _train_member(task: Task, member: int, place: Path, checkpoints: Path) -> di
     train_rows, valid_rows, valid = _member_rows(task.config, task.data, member)
     transformers.set_seed(seed)
     model = task.build(member)
-    plain = GeneCollator(task.windows)
+    plain = GeneCollator(task.windows, task.extras)
     history = fit(
         model,
         train=gene_rows(task.data, train_rows, task.windows, task.features),
         valid=gene_rows(task.data, valid_rows, task.windows, task.features),
         collator=GeneCollator(
-            task.windows, config.jitter_bp, config.reverse_complement, seed=seed
+            task.windows, task.extras, config.jitter_bp, config.reverse_complement, seed=seed
         ),
         plain=plain,
         config=config,

@@ -212,7 +212,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         trainer.train(
             resume_from_checkpoint=str(resume) if resume else None,
-            ignore_keys_for_eval=["importance", "profile", "losses"],
+            ignore_keys_for_eval=["importance", "attention", "profile", "losses"],
         )
     return trainer.state.log_history
 

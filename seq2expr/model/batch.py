@@ -34,6 +34,11 @@ class Batch(ModelOutput):
         float32 [K].
     features
         Standardised per-gene features, float32 [B, F].
+    trunk
+        Features of a frozen trunk, float32 [B, N, C]; ``None`` where the system computes them.
+    text, text_mask
+        Token ids of the prompts, int64 [B, T], padded on the left, and bool [B, T], where they
+        count.
     target
         Gene-level targets, float32 [B, G] (0 where masked).
     target_mask
@@ -48,6 +53,9 @@ class Batch(ModelOutput):
     profile: torch.Tensor | None = None
     profile_scale: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    trunk: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
     target: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
 

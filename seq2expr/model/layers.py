@@ -122,3 +122,45 @@ class AttentionPool(nn.Module):
         """Pool [B, P, D] to [B, heads · D] by such weights."""
         pooled = torch.einsum("bph,bpd->bhd", weights.to(positions.dtype), positions)
         return pooled.flatten(1)
+
+
+class PlainAttention(nn.Module):
+    """A few causal attention layers, trained from nothing: what stands in for a language model.
+
+    Parameters
+    ----------
+    width
+        Size d of the vectors.
+    depth
+        Number of layers, with norms before them.
+    """
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        heads = max(n for n in (8, 4, 2, 1) if width % n == 0)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.1, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, depth, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+
+    def forward(self, vectors: Tensor, words: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Read vectors [B, S, d] after words [B, T, d], of which ``mask`` [B, T] tells the real.
+
+        Returns
+        -------
+        Hidden states of the vectors [B, S, d].
+        """
+        length, padded = vectors.shape[1], None
+        if words is not None:
+            vectors = torch.cat([words, vectors], dim=1)
+            padded = F.pad(~mask, (0, length))
+        total = vectors.shape[1]
+        later = torch.ones(total, total, dtype=torch.bool, device=vectors.device).triu(1)
+        if padded is not None:
+            # A padded word attends to itself, so that no row of the softmax is empty.
+            later = later | padded.unsqueeze(1)
+            later = later & ~torch.eye(total, dtype=torch.bool, device=vectors.device)
+            later = later.repeat_interleave(self.layers.layers[0].self_attn.num_heads, dim=0)
+        return self.layers(vectors, mask=later)[:, -length:]

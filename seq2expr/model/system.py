@@ -57,6 +57,8 @@ class SystemConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "seq2expr"
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Further fields that follow from others, beside :data:`FITTED`."""
 
     width: int = 2048
     tss_index: int | None = None
@@ -106,7 +108,8 @@ def settings_of(config_class: type[SystemConfig]) -> list[str]:
     """Return the names that ``model:`` of a run file may set."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config_class)]
-    return [name for name in names if name not in inherited and name not in FITTED]
+    derived = (*FITTED, *config_class.derived)
+    return [name for name in names if name not in inherited and name not in derived]
 
 
 class System(PreTrainedModel):
@@ -123,6 +126,8 @@ class System(PreTrainedModel):
     """Control models: settings that differ from the model's own, by name of the twin."""
     whole: ClassVar[tuple[str, ...]] = ("head", "profile_head")
     """Modules that an adapter does not touch, but trains and carries whole."""
+    adapted: tuple[str, ...] = ()
+    """Parts of which one gets an adapter, the default first; empty: all outside ``whole``."""
     frozen_statistics: bool = False
     """Batch norms stay in evaluation mode while training, as a model that is fine-tuned wants."""
 
@@ -177,6 +182,18 @@ class System(PreTrainedModel):
                     module.eval()
         return self
 
+    def fit_trunk(self, mean: torch.Tensor, sd: torch.Tensor) -> None:
+        """Take statistics [C] of the channels of a trunk over training windows."""
+
+    def thaw(self) -> None:
+        """Make ready for full fine-tuning: let parts train that are usually frozen."""
+
+    def claim(self) -> None:
+        """Make parts that belong to others part of the checkpoint, because they were changed."""
+
+    def check_text(self, longest: int) -> None:
+        """Refuse prompts of which the longest has so many tokens (``UserError``)."""
+
     def encode(self, batch: Batch) -> Encoded:
         """Turn a batch into site embeddings (each system's own)."""
         raise NotImplementedError
@@ -218,6 +235,8 @@ class System(PreTrainedModel):
                 for name in self.config.tracks or []
             ),
             "features": "--features TABLE, or --gtf GTF for the computed ones",
+            "text": "--text TABLE",
+            "trunk": "the features of its trunk, which is run in a process of its own",
         }
         missing = [name for name in self.needs if getattr(batch, name) is None]
         if missing:
