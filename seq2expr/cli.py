@@ -171,8 +171,8 @@ def interpret(
     method: Annotated[
         str,
         typer.Option(
-            help="Comma list of mask, inputxgrad, ig, ism, block, deeplift, occlusion, attention; "
-            "or none."
+            help="Comma list of mask, inputxgrad, ig, ism, block, deeplift, occlusion, bingrad, "
+            "binocclusion, attention; or none."
         ),
     ] = "mask",
     target: Annotated[str | None, typer.Option(help="Target to explain; the first.")] = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seq2expr.errors import UserError
+from seq2expr.interpret.bins import bin_gradients, bin_occlusion, check_bins
 from seq2expr.interpret.gradients import (
     deeplift,
     input_x_gradient,
@@ -85,6 +86,17 @@ METHODS: Mapping[str, Method] = {
     "deeplift": Method(deeplift, "DeepLIFT/SHAP through tangermeme", check=tangermeme_engine),
     "occlusion": Method(
         occlusion, "stretches hidden, tracks included", element_wide=True, check=occlusion_starts
+    ),
+    "bingrad": Method(
+        bin_gradients,
+        "gradients at the bins of the trunk",
+        None,
+        True,
+        True,
+        check_bins,
+    ),
+    "binocclusion": Method(
+        bin_occlusion, "bins of the trunk hidden", element_wide=True, check=check_bins
     ),
     "attention": Method(_own("attention"), "attention of the pooling", "attention", True, True),
 }

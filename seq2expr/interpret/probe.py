@@ -71,12 +71,17 @@ class Probe:
         return counts if keep is None else counts & keep[0]
 
     def predict(
-        self, codes: Tensor, *, signal: Tensor | None = None, keep: Tensor | None = None
+        self,
+        codes: Tensor,
+        *,
+        signal: Tensor | None = None,
+        keep: Tensor | None = None,
+        trunk: Tensor | None = None,
     ) -> Prediction:
         """Run the model on copies: codes [B, L] or relaxed bases [B, L, 4].
 
         ``signal`` [B, S, L/bin] replaces the stored track values, ``keep`` [B, L] the bases that
-        count.
+        count; ``trunk`` [B, N, C] stands for what a frozen trunk would make of the copies.
         """
         rows = len(codes)
         fields = {
@@ -86,7 +91,7 @@ class Probe:
         }
         fields |= {name: self.fields[name] for name in _SHARED if name in self.fields}
         fields |= {"ids": self.fields["ids"] * rows, "codes": codes}
-        changed = {"signal": signal, "keep": keep}
+        changed = {"signal": signal, "keep": keep, "trunk": trunk}
         fields |= {name: value for name, value in changed.items() if value is not None}
         return self.model(**fields)
 

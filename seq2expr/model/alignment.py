@@ -1,10 +1,9 @@
 """Token alignment: bins of DNA rewritten as vectors that a language model can read.
 
 GTA-style, after Honig et al. 2024, *Long-range gene expression prediction with token alignment of
-large language model*. Only its abstract could be read; the formulas are those of Time-LLM (Jin et
-al. 2024, *Time Series Forecasting by Reprogramming Large Language Models*), the family that the
-paper names itself part of. That they are the paper's is an inference, and what is ours (input
-norm, distance embedding, output scale, initialisation) is said where it stands.
+large language model*. Only its abstract could be read. The formulas are those of Time-LLM (Jin et
+al. 2024, *Time Series Forecasting by Reprogramming Large Language Models*); that they are the
+paper's is an inference. What is ours is said where it stands.
 
 Axes: B rows, N bins, C channels of the trunk, V words, d width of the language model,
 P prototypes, H heads, e width of a head.
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 
-Mapping = Literal["full", "lowrank", "vocab_subset", "free"]
-Norm = Literal["layer", "standard"]
+MappingKind = Literal["full", "lowrank", "vocab_subset", "free"]
+NormKind = Literal["layer", "standard"]
 
 WORDS_PER_CENTROID = 20
 """Words drawn for each centroid of a k-means (20 000 words for 1000 centroids)."""
@@ -42,12 +41,12 @@ class Prototypes(nn.Module):
     - ``vocab_subset``: S = M E[rows] + b 1ᵀ, with a fixed choice of ``subset`` words.
     - ``free``: S itself is learned, P·d parameters; no language but where it starts.
 
-    M is stored times √(its number of words), A and B times √r and √V, all drawn from N(0, 1). So M
-    starts with variance 1/V, at which S has the root mean square of E in expectation whatever E
-    is, and one step of Adam moves S by the same share at any size of the vocabulary.
+    M starts with variance 1/V (V the words that are mixed), with which S has the root mean square
+    of E in expectation. It is stored times √V, A times √r and B times √V: at a rate of 3e-4 one
+    step of Adam on M itself moves S by half of its size at 49 152 words, on these by 1 %.
 
-    The table E is an argument of :meth:`forward`, never a parameter or a buffer: a checkpoint does
-    not hold it. Rows that are no words (padding of the table) are best left out by the caller.
+    The table E is an argument, never a parameter or a buffer: a checkpoint does not hold it. Rows
+    that are no words (padding of the table) are for the caller to leave out.
 
     Parameters
     ----------
@@ -65,7 +64,7 @@ class Prototypes(nn.Module):
     Raises
     ------
     UserError
-        For an unknown mapping, and for more centroids than there are words.
+        For an unknown mapping, or more centroids than words.
     """
 
     def __init__(
@@ -74,15 +73,15 @@ class Prototypes(nn.Module):
         width: int,
         *,
         count: int = 1000,
-        mapping: Mapping = "lowrank",
+        mapping: MappingKind = "lowrank",
         rank: int = 64,
         subset: int = 1000,
     ):
         super().__init__()
-        _check_choice("mapping", mapping, get_args(Mapping))
+        _check_choice("mapping", mapping, get_args(MappingKind))
         _check_least(2, prototypes=count)
         _check_least(1, rank=rank, subset=subset)
-        self.n_words, self.width, self.count, self.mapping = n_words, width, count, mapping
+        self.n_words, self.width, self.mapping = n_words, width, mapping
         self.centroids = {"free": count, "vocab_subset": subset}.get(mapping, 0)
         if self.centroids > n_words:
             name = "prototypes" if mapping == "free" else "subset"
@@ -94,7 +93,7 @@ class Prototypes(nn.Module):
             self.vectors = nn.Parameter(torch.randn(count, width))
             return
         mixed = subset if mapping == "vocab_subset" else n_words
-        self.shrink = 1 / math.sqrt(mixed * (rank if mapping == "lowrank" else 1))
+        self.shrink = (mixed * (rank if mapping == "lowrank" else 1)) ** -0.5
         self.bias = nn.Parameter(torch.zeros(count))
         if mapping == "lowrank":
             self.left = nn.Parameter(torch.randn(count, rank))
@@ -128,10 +127,12 @@ class Prototypes(nn.Module):
         if rows is not None:
             self._check_rows(rows)
             self.rows.copy_(torch.tensor(list(rows)))
-        elif self.mapping == "vocab_subset":
-            self.rows.copy_(torch.from_numpy(_central_words(words, self.centroids, seed)))
-        elif self.mapping == "free":
-            self.vectors.copy_(torch.from_numpy(_centroids(words, self.centroids, seed)[0]))
+        elif self.centroids:
+            centroids, nearest = _centroids(words, self.centroids, seed)
+            if self.mapping == "free":
+                self.vectors.copy_(torch.from_numpy(centroids))
+            else:
+                self.rows.copy_(torch.from_numpy(nearest))
 
     def forward(self, words: Tensor) -> Tensor:
         """Mix words [V, d] of any type into prototypes [P, d] of the parameters' type.
@@ -146,10 +147,8 @@ class Prototypes(nn.Module):
             if self.mapping == "vocab_subset":
                 words = words[self.rows]
             words = words.to(self.bias.dtype)
-            if self.mapping == "lowrank":
-                mixed = self.left @ (self.right @ words)
-            else:
-                mixed = self.mix @ words
+            lowrank = self.mapping == "lowrank"
+            mixed = self.left @ (self.right @ words) if lowrank else self.mix @ words
             return mixed * self.shrink + self.bias.unsqueeze(1)
 
     def _check(self, words: Tensor) -> None:
@@ -161,14 +160,12 @@ class Prototypes(nn.Module):
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         if self.mapping != "vocab_subset":
+            raise UserError(f"A list of words needs mapping: vocab_subset, not {self.mapping}.")
+        known = {row for row in rows if 0 <= row < self.n_words}
+        if not len(known) == len(rows) == self.centroids:
             raise UserError(
-                f"A list of words needs the mapping vocab_subset; it is {self.mapping}."
-            )
-        fits = len(set(rows)) == len(rows) == self.centroids
-        if not fits or not all(0 <= row < self.n_words for row in rows):
-            raise UserError(
-                f"The list of words has {len(rows)} rows ({len(set(rows))} different); it must "
-                f"have {self.centroids} different ones from 0 to {self.n_words - 1}."
+                f"The list has {len(rows)} words, of which {len(known)} are different rows from 0 "
+                f"to {self.n_words - 1}; it must have {self.centroids} such rows."
             )
 
 
@@ -187,10 +184,9 @@ class Alignment(nn.Module):
     table on, so that bins enter the language model at the size of words. Weights start so that
     logits have a variance of about 1 and what bins share does not outweigh what one says.
 
-    All of it is float32, also under autocast. K and U have no batch axis, and the bins of a batch
-    form one axis of queries: a fused kernel of ``scaled_dot_product_attention`` keeps Q, K, U,
-    A U and one number for each query and head for the backward pass, never A [B, H, N, P]. Where
-    no fused kernel has dropout (on CPU), training keeps A.
+    All of it is float32, also under autocast. K and U have no batch axis; the bins of a batch are
+    one axis of queries. For the backward pass a fused kernel keeps Q, K, U, A U and a number for
+    each query and head. A [B, H, N, P] is kept where none has dropout: on CPU, in training.
 
     Parameters
     ----------
@@ -209,6 +205,11 @@ class Alignment(nn.Module):
     distances
         Distance in bp of the centre of each of the N bins to the TSS, negative upstream;
         ``None``: no embedding of distances, and any number of bins.
+
+    Raises
+    ------
+    UserError
+        For settings that cannot be.
     """
 
     def __init__(
@@ -218,18 +219,18 @@ class Alignment(nn.Module):
         n_words: int,
         *,
         prototypes: int = 1000,
-        mapping: Mapping = "lowrank",
+        mapping: MappingKind = "lowrank",
         rank: int = 64,
         subset: int = 1000,
         heads: int = 8,
         head_dim: int = 128,
         dropout: float = 0.1,
-        norm: Norm = "layer",
+        norm: NormKind = "layer",
         log1p: bool = False,
         distances: Sequence[float] | None = None,
     ):
         super().__init__()
-        _check_choice("norm", norm, get_args(Norm))
+        _check_choice("norm", norm, get_args(NormKind))
         _check_least(1, heads=heads, head_dim=head_dim)
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}; it can be from 0 to below 1.")
@@ -244,7 +245,7 @@ class Alignment(nn.Module):
         nn.init.normal_(self.key.weight, std=width**-0.5)
         self.value = _linear(width, inner)
         self.out = _linear(inner, width)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
         if norm == "standard":
             self.register_buffer("mean", torch.zeros(channels))
             self.register_buffer("sd", torch.ones(channels))
@@ -257,7 +258,7 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def initialise(self, words: Tensor, seed: int, *, rows: Sequence[int] | None = None) -> None:
-        """Fit the start to the table [V, d]; arguments as in :meth:`Prototypes.initialise`.
+        """Fit the start to the table [V, d] (see :meth:`Prototypes.initialise`).
 
         ρ becomes rms(E). W_K and W_V are rescaled and b_V is set so that K and U differ between
         prototypes by about 1 and U has a mean of 0, whatever size and mean the words have.
@@ -273,34 +274,19 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def fit_norm(self, mean: Tensor, sd: Tensor) -> None:
-        """Set the statistics of the norm ``standard``, of training bins.
+        """Set the statistics [C] of the norm ``standard``.
 
-        Parameters
-        ----------
-        mean, sd
-            [C], of the features; of the compressed features with ``log1p``. A channel with an sd
-            of 0 is only centred.
+        They are those of training bins, after :func:`compress` with ``log1p``. A channel with an
+        sd of 0 is only centred.
         """
         self.mean.copy_(mean)
         self.sd.copy_(torch.where(sd > 0, sd, 1.0))
 
     def forward(self, features: Tensor, words: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        """Align bins.
+        """Align features [B, N, C] with words [V, d], as float32 [B, N, d].
 
-        Parameters
-        ----------
-        features
-            Features of the trunk [B, N, C].
-        words
-            Word embeddings of the language model [V, d].
-        prototypes
-            S [P, d], where it was computed before (``alignment.prototypes(words)``), as over the
-            micro-batches of one step.
-
-        Returns
-        -------
-        Tensor
-            [B, N, d], float32.
+        ``prototypes`` is S [P, d] where it was computed before (``alignment.prototypes(words)``),
+        as for the micro-batches of one step.
 
         Raises
         ------
@@ -384,33 +370,23 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _centroids(words: Tensor, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return centroids [count, d] of a sample of the words, and the rows of the sample."""
+    """Return centroids [count, d] of a sample of the words, and the rows nearest to each."""
     # scikit-learn is slow to import, and a model that is only loaded never needs it.
     from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics import pairwise_distances_argmin
 
     size = min(len(words), WORDS_PER_CENTROID * count)
-    sample = np.random.default_rng(seed).choice(len(words), size, replace=False)
-    values = _array(words, sample)
+    rows = np.random.default_rng(seed).choice(len(words), size, replace=False)
+    sample = words[torch.from_numpy(rows).to(words.device)].float().cpu().numpy()
     # Starting from random words ends as close as k-means++ does, in a tenth of the time.
     means = MiniBatchKMeans(
         count, init="random", n_init=1, max_iter=10, batch_size=4096, random_state=seed
     )
-    return means.fit(values).cluster_centers_, sample
-
-
-def _central_words(words: Tensor, count: int, seed: int) -> np.ndarray:
-    """Return the rows of the words nearest to centroids; a word counts once, others fill up."""
-    from sklearn.metrics import pairwise_distances_argmin
-
-    centroids, sample = _centroids(words, count, seed)
-    nearest = np.unique(sample[pairwise_distances_argmin(centroids, _array(words, sample))])
-    others = sample[~np.isin(sample, nearest)]
-    return np.sort(np.concatenate([nearest, others[: count - len(nearest)]]))
-
-
-def _array(words: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Return chosen words as float32 in memory."""
-    return words[torch.from_numpy(rows).to(words.device)].float().cpu().numpy()
+    centroids = means.fit(sample).cluster_centers_
+    # A word may be nearest to two centroids; it counts once, and others of the sample fill up.
+    order = np.concatenate([pairwise_distances_argmin(centroids, sample), np.arange(size)])
+    first = np.sort(np.unique(order, return_index=True)[1])
+    return centroids, np.sort(rows[order[first[:count]]])
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

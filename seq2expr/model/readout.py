@@ -124,7 +124,7 @@ class Readout(nn.Module):
     - ``flatten``: a learned projection of every bin to r channels, side by side [B, N·r], as
       Time-LLM (which takes the first r channels instead). All bins are read, each as it stands.
     - ``attnpool``: Σ_b w_b h_b with w = softmax_b(uᵀ tanh(W h_b + c)). All bins are read, but none
-      of them has seen all others.
+      but the last has seen all others.
     - ``last``: the state of a learned token after the bins, which sees everything.
     - ``centre``: as ``attnpool``, over the 10 bins from ``tss_bin`` - 5 to ``tss_bin`` + 4, or
       those there are. What lies downstream of them it never sees.

@@ -111,7 +111,7 @@ def _read_config(member: Path) -> dict[str, Any]:
 
 
 def _config(config: Mapping[str, Any]) -> SystemConfig:
-    """Read what a ``config.json`` says; it leaves out what is at its default."""
+    """Read what a ``config.json`` says; what it leaves out is at its default."""
     return system_class(config["model_type"]).config_class.from_dict(dict(config))
 
 

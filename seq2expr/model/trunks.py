@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
@@ -69,6 +70,12 @@ class BinLayout(NamedTuple):
     def centres(self) -> list[float]:
         """Distance of the middle of each bin to the TSS (bp, negative is upstream)."""
         return [self.first_bin + (index + 0.5) * self.bin_bp for index in range(self.bins)]
+
+    def on_window(self, values: Tensor, width: int, tss_index: int) -> Tensor:
+        """Place values of bins [..., N] on a window [..., width / bin_bp], 0 elsewhere."""
+        before = (tss_index + self.first_bin) // self.bin_bp
+        after = width // self.bin_bp - self.bins - before
+        return F.pad(values, (before, after))
 
 
 class Trunk(nn.Module):
@@ -195,8 +202,8 @@ def resolve_trunk(setting: str | Mapping[str, Any]) -> dict[str, Any]:
     if "identity" in setting:
         return dict(setting)
     resolved = {"kind": setting.get("kind"), **_trunk_class(setting).resolve(setting)}
-    parts = [FORMAT, resolved["kind"], resolved["fingerprint"], resolved["layout"]]
-    return resolved | {"identity": digest(json.dumps(parts, sort_keys=True))}
+    parts = {name: resolved[name] for name in ("kind", "fingerprint", "layout", "window")}
+    return resolved | {"identity": digest(json.dumps([FORMAT, parts], sort_keys=True))}
 
 
 def build_trunk(resolved: Mapping[str, Any], *, weights: bool) -> Trunk:

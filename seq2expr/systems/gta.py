@@ -88,7 +88,10 @@ class GTAConfig(SystemConfig):
     """
 
     model_type: ClassVar[str] = "gta"
-    derived: ClassVar[tuple[str, ...]] = ("llm_width", "llm_words", "llm_table", "llm_config")
+    derived: ClassVar[tuple[str, ...]] = (
+        *("llm_width", "llm_words", "llm_table", "llm_config"),
+        *("width", "tss_index", "bin_bp", "stranded"),
+    )
 
     trunk: str | dict | None = None
     llm: str | None = None
@@ -196,8 +199,10 @@ class GTA(System):
         system = super().from_pretrained(*args, **kwargs)
         if not system.trunk.stored:
             system.trunk = build_trunk(system.config.trunk, weights=True)
+        system.trunk.freeze()
         if system.config.llm_config is not None:
             system.language.to(getattr(torch, system.config.llm_dtype))
+            system.language.body.requires_grad_(False)
         elif system.config.body != "none":
             system._open_language()
         return system.train(system.training)
@@ -300,9 +305,9 @@ class GTA(System):
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Parts that can have an adapter."""
-        used = {"language": self.config.body == "llm", "trunk": self.config.bins}
-        return tuple(part for part, there in used.items() if there)
+        """Parts that can have an adapter: by default the body, of which ``none`` has nothing."""
+        body = "plain" if self.config.body == "attention" else "language"
+        return (body, "trunk") if self.config.bins else (body,)
 
     def claim(self) -> None:
         """Make the language model part of the checkpoint, because it is not that of its name."""
@@ -310,9 +315,9 @@ class GTA(System):
             self.config.llm_config = self.language.body.config.to_dict()
 
     def thaw(self) -> None:
-        """Let everything train but the trunk, whose features were computed before."""
-        if self.language is not None:
-            self.language.body.requires_grad_(True)
+        """Let everything train but the trunk and the word embeddings, which are read as data."""
+        if self.config.body == "llm":
+            self.language.thaw()
             self.claim()
 
     # ------------------------------------------------------------ reading
@@ -398,13 +403,11 @@ class GTA(System):
 
     def _spread(self, weights: Tensor) -> Tensor:
         """Bring weights of pooled bins [B, N'] to the bins of the whole window [B, P]."""
-        layout, config = self.trunk.layout, self.config
+        config = self.config
         sizes = torch.tensor([b - a for a, b in self.pool.intervals], device=weights.device)
         even = (weights / sizes).repeat_interleave(sizes, dim=1)
         anchor = config.width // 2 if config.tss_index is None else config.tss_index
-        before = (anchor + layout.first_bin) // layout.bin_bp
-        after = config.width // layout.bin_bp - layout.bins - before
-        return F.pad(even, (before, after))
+        return self.trunk.layout.on_window(even, config.width, anchor)
 
 
 def _leave_out_others(
