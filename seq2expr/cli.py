@@ -233,6 +233,33 @@ def evaluate(
     _say(found.summary())
 
 
+@app.command()
+def benchmark(
+    protocol: Annotated[
+        str,
+        typer.Argument(metavar="PROTOCOL", help="Protocol, or the name of an installed one."),
+    ],
+    out: Out,
+    data: Data = None,
+    root: Root = None,
+    systems: Annotated[
+        str | None, typer.Option(help="Comma list of rows of the protocol; all by default.")
+    ] = None,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
+) -> None:
+    """Train rows of a protocol over folds and seeds, and compare them, paired over genes."""
+    from seq2expr.learn.benchmark import benchmark
+
+    found = benchmark(
+        protocol, data=data, root=root or Path(), systems=_names(systems) if systems else None,
+        overrides=overrides or (), jobs=jobs, out=out,
+    )  # fmt: skip
+    _say(found.summary())
+    _say(f"Look at {found.report}.")
+    _say_skipped(len(found.failed), out)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[

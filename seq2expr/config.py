@@ -328,10 +328,15 @@ def parse_run_config(tree: Mapping[str, Any], *, where: str) -> RunConfig:
     UserError
         Naming the first key that does not fit, its value and what is allowed.
     """
+    return checked(RunConfig, tree, where=where)
+
+
+def checked(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
+    """Check a tree against a kind of section; see :func:`parse_run_config`."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from error
+        raise UserError(f"{where}: {_first_problem(error, kind)}") from error
 
 
 def parse_settings(kind: type[S], overrides: Sequence[str]) -> S:
@@ -427,12 +432,12 @@ def _assign(tree: dict[str, Any], text: str) -> None:
         raise UserError(f"--set {text!r}: the value is no valid YAML.") from error
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
+def _first_problem(error: pydantic.ValidationError, kind: type[Strict] = RunConfig) -> str:
     problems = error.errors()
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "extra_forbidden":
-        section = _section(first["loc"][:-1])
+        section = _section(kind, first["loc"][:-1])
         allowed = f" Known keys there: {', '.join(section)}." if section else ""
         return f"unknown key {where!r}.{allowed}"
     if first["type"] == "missing":
@@ -440,9 +445,9 @@ def _first_problem(error: pydantic.ValidationError) -> str:
     return f"{where} = {first['input']!r} is not allowed: {first['msg']}."
 
 
-def _section(path: Sequence[str | int]) -> list[str]:
+def _section(kind: type[Strict], path: Sequence[str | int]) -> list[str]:
     """Return the keys that the section at ``path`` knows (empty inside named entries)."""
-    model: Any = RunConfig
+    model: Any = kind
     for part in path:
         field = model.model_fields.get(part)
         model = field.annotation if field else None

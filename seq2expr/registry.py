@@ -1,4 +1,8 @@
-"""What can be named in a configuration: systems and backbones, with paper and licence."""
+"""What can be named in a configuration, with paper, size, licence and access.
+
+Trunks and language models are other people's: nothing of them is in this package, and who names
+one accepts its terms. What is marked :data:`REMEMBERED` was not looked up.
+"""
 
 from typing import NamedTuple
 
@@ -19,6 +23,28 @@ class BackboneEntry(NamedTuple):
     what: str
 
 
+class TrunkEntry(NamedTuple):
+    """One row of ``seq2expr list trunks``."""
+
+    name: str
+    size: str
+    reads: str
+    """Context and output."""
+    licence: str
+    how: str
+    """``model.trunk`` for it (its ``kind``), and what that needs."""
+
+
+class LlmEntry(NamedTuple):
+    """One row of ``seq2expr list llms``."""
+
+    name: str
+    size: str
+    """Parameters without a separate output layer, width, layers, longest input."""
+    licence: str
+    access: str
+
+
 SYSTEMS = (
     SystemEntry(
         "seq2exp",
@@ -35,5 +61,148 @@ BACKBONES = (
 )
 """Interchangeable DNA backbones (``model.backbone``)."""
 
-LISTS = {"systems": SYSTEMS, "backbones": BACKBONES}
+REMEMBERED = "as remembered, check the model card"
+"""Mark of facts that were not looked up."""
+
+_TRUST = "kind: hub, with trust_remote_code: true"
+
+TRUNKS = (
+    TrunkEntry(
+        "a run of seq2expr",
+        "any size",
+        "its own window and tracks; its own bins and channels",
+        "yours",
+        "kind: run, or just its directory or hub id",
+    ),
+    TrunkEntry(
+        "EleutherAI/enformer-official-rough",
+        "251 M parameters",
+        "196,608 bp; 896 bins of 128 bp, 3,072 channels",
+        "CC-BY-4.0",
+        "kind: enformer, with the weights in a file; pip install 'seq2expr[enformer]'",
+    ),
+    TrunkEntry(
+        "johahi/borzoi-replicate-0 (to 3)",
+        "186 M parameters",
+        "524,288 bp; 6,144 bins of 32 bp, 1,920 channels",
+        "not found on the model card; ported with permission",
+        "kind: process, for its package needs transformers below 4.51",
+    ),
+    TrunkEntry(
+        "johahi/flashzoi-replicate-0 (to 3)",
+        "about 186 M parameters",
+        "524,288 bp; 6,144 bins of 32 bp, 1,920 channels",
+        "MIT",
+        "kind: process; needs flash-attn 2 and autocast on a recent NVIDIA GPU",
+    ),
+    TrunkEntry(
+        "InstaDeepAI/nucleotide-transformer-v2-50m (to 500m)",
+        f"56 to 498 M parameters ({REMEMBERED})",
+        f"about 12 kb, longer windows in tiles; 6-mers, 512 to 1,024 channels ({REMEMBERED})",
+        f"CC-BY-NC-SA-4.0, non-commercial ({REMEMBERED})",
+        _TRUST,
+    ),
+    TrunkEntry(
+        "InstaDeepAI/NTv3_pretrained",
+        "up to 650 M parameters",
+        "up to 1 Mb; one position per base",
+        "InstaDeep Open Model Licence: non-commercial, also for what is made with it",
+        f"{_TRUST}; gated: ask for access on its page",
+    ),
+    TrunkEntry(
+        "LongSafari/hyenadna-tiny-1k-seqlen-hf (to large-1m)",
+        f"1.6 to 55 M parameters ({REMEMBERED})",
+        "1 kb to 1 Mb; one position per base, 128 to 256 channels",
+        "BSD-3-Clause",
+        _TRUST,
+    ),
+    TrunkEntry(
+        "kuleshov-group/caduceus-ph_seqlen-131k_d_model-256_n_layer-16 (and -ps_)",
+        "7.7 M parameters",
+        "131 kb; one position per base, 256 channels (ps 512)",
+        "Apache-2.0",
+        f"{_TRUST}; needs the CUDA kernels of mamba-ssm",
+    ),
+    TrunkEntry(
+        "Google AlphaGenome, all_folds",
+        "size not stated",
+        "1 Mb; bins of 128 bp and single bases",
+        "model terms of Google, non-commercial",
+        "kind: process (JAX); accept the terms where it is downloaded",
+    ),
+    TrunkEntry(
+        "Evo2-7B of the Arc Institute",
+        "7 B parameters",
+        "1 Mb; one position per base",
+        f"Apache-2.0 ({REMEMBERED})",
+        "kind: process",
+    ),
+)
+"""DNA models that can stand frozen below a system (``model.trunk``)."""
+
+LLMS = (
+    LlmEntry(
+        "HuggingFaceTB/SmolLM2-135M",
+        "134.5 M parameters, width 576, 30 layers, 8,192 tokens",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open; the default",
+    ),
+    LlmEntry(
+        "HuggingFaceTB/SmolLM2-360M",
+        f"about 360 M parameters, width 960, 32 layers, 8,192 tokens ({REMEMBERED})",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "openai-community/gpt2",
+        f"124.4 M parameters, width 768, 12 layers, 1,024 tokens ({REMEMBERED})",
+        f"MIT ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "EleutherAI/pythia-160m",
+        f"123.7 M parameters, width 768, 12 layers, 2,048 tokens ({REMEMBERED})",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "EleutherAI/pythia-410m",
+        f"353.8 M parameters, width 1,024, 24 layers, 2,048 tokens ({REMEMBERED})",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "Qwen/Qwen2.5-0.5B",
+        "494.0 M parameters, width 896, 24 layers, 32,768 tokens",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "Qwen/Qwen3-0.6B-Base",
+        "596.0 M parameters, width 1,024, 28 layers, 32,768 tokens",
+        f"Apache-2.0 ({REMEMBERED})",
+        "open",
+    ),
+    LlmEntry(
+        "microsoft/biogpt",
+        f"about 350 M parameters, width 1,024, 1,024 tokens ({REMEMBERED})",
+        f"MIT ({REMEMBERED})",
+        "open; biomedical",
+    ),
+    LlmEntry(
+        "meta-llama/Llama-3.2-1B",
+        "1,235.8 M parameters, width 2,048, 16 layers, 131,072 tokens",
+        f"Llama 3.2 Community License, with duties of attribution and naming ({REMEMBERED})",
+        "gated: accept the terms on its page",
+    ),
+    LlmEntry(
+        "a directory",
+        "any causal model that transformers saved, such as one of data_prep/small_lm.py",
+        "yours",
+        "on disk",
+    ),
+)
+"""Language models that can stand frozen in a system (``model.llm``)."""
+
+LISTS = {"systems": SYSTEMS, "backbones": BACKBONES, "trunks": TRUNKS, "llms": LLMS}
 """What ``seq2expr list`` shows."""

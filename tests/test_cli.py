@@ -102,8 +102,23 @@ def test_help_needs_no_heavy_library():
 def test_help_names_every_command(call):
     answer = call("--help")
     assert answer.code == 0
-    for name in ("demo", "train", "finetune", "predict", "evaluate", "list"):
+    for name in ("demo", "train", "finetune", "predict", "evaluate", "benchmark", "list"):
         assert name in answer.out
+
+
+def test_a_benchmark_whose_rows_fail_in_part_ends_with_3(call, world, tmp_path):
+    model = f"{{config: {world.system}, set: {{train.epochs: 1}}}}"
+    (tmp_path / "p.yaml").write_text(
+        f"name: p\nfolds: data\ncompare: model\nrows:\n  model: {model}\n"
+        "  bad: {like: model, set: {model.mask: mist}}\n"
+    )
+    command = ["benchmark", tmp_path / "p.yaml", "--data", world.simulation.data_config]
+    command += ["--root", world.root, "--out", tmp_path / "out"]
+    answer = call(*command)
+    assert answer.code == 3, answer.err
+    assert f"1 could not be done; the reasons are in {tmp_path}/out.skipped.tsv." in answer.out
+    is_one_message(call(*command, "--systems", "bad"), "No row has a finished run", "mist")
+    is_one_message(call(*command, "--set", "llm=x"), "no such setting")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from seq2expr.errors import UserError
 from seq2expr.interpret.probe import Probe
 from seq2expr.interpret.scored import Scored, Settings
 from seq2expr.model.batch import Batch
-from seq2expr.model.system import Ensemble, System
+from seq2expr.model.system import System, members_in
 
 
 def bin_gradients(probe: Probe, settings: Settings) -> Scored:
@@ -64,17 +64,12 @@ def bin_occlusion(probe: Probe, settings: Settings) -> Scored:
 
 def check_bins(probe: Probe, settings: Settings) -> None:
     """Refuse systems that read no trunk, or whose members read different ones (``UserError``)."""
-    found = {system.trunk.identity for system in _systems(probe) if _has_bins(system)}
+    found = {system.trunk.identity for system in members_in(probe.model) if _has_bins(system)}
     if len(found) != 1:
         why = "has no trunk" if not found else "has members with different trunks"
         raise UserError(
             f"The run {why}, so there are no bins to score. Use ism, block or inputxgrad."
         )
-
-
-def _systems(probe: Probe) -> list[System]:
-    model = probe.model
-    return list(model.members) if isinstance(model, Ensemble) else [model]
 
 
 def _has_bins(system: System) -> bool:
@@ -83,7 +78,7 @@ def _has_bins(system: System) -> bool:
 
 def _features(probe: Probe) -> tuple[Tensor, Tensor]:
     """Return the features of the window and the baseline, both [N, C]."""
-    system = _systems(probe)[0]
+    system = members_in(probe.model)[0]
     with torch.no_grad():
         fields = {name: value for name, value in probe.fields.items() if value is not None}
         observed = system.trunk(Batch(**fields))[0].clone()
@@ -97,6 +92,6 @@ def _answer(probe: Probe, features: Tensor) -> Tensor:
 
 def _on_window(probe: Probe, values: Tensor) -> np.ndarray:
     """Place the scores of bins [N] on the window [P]."""
-    system = _systems(probe)[0]
+    system = members_in(probe.model)[0]
     placed = system.trunk.layout.on_window(values, len(probe.codes), probe.anchor)
     return placed.detach().float().cpu().numpy()

@@ -306,8 +306,9 @@ def _merge(model: PeftModel) -> System:
         wrapper = getattr(system, name, None)
         if wrapper is not None:
             setattr(system, name, wrapper.modules_to_save[model.active_adapter])
+    changed = {name.partition(".")[0] for name in model.base_model.targeted_module_names}
     merged = model.merge_and_unload(safe_merge=True)
-    merged.claim()
+    merged.claim(*changed)
     return merged
 
 
@@ -323,6 +324,12 @@ def _probe(system: System, rows: int = 4) -> dict[str, torch.Tensor]:
         batch["signal_scale"] = torch.ones(len(config.tracks))
     if config.n_features:
         batch["features"] = torch.randn((rows, config.n_features), generator=random)
+    if "trunk" in system.needs:
+        shape = (rows, *system.trunk.layout[:2])
+        batch["trunk"] = torch.randn(shape, generator=random)
+    if "text" in system.needs:
+        batch["text"] = torch.randint(0, config.llm_words, (rows, 16), generator=random)
+        batch["text_mask"] = torch.ones_like(batch.text, dtype=torch.bool)
     answers = {}
     for name in TOLERANCE:
         kind = getattr(torch, name)

@@ -243,13 +243,13 @@ def _build(
     settings = config.adapter
     model: Any = load_base(members[member])
     system = model
-    if settings.kind == "full":
-        system.frozen_statistics = True
-        system.thaw()
-    else:
+    if settings.kind != "full":
         model = add_adapter(system, settings)
     if renewed is not None:
         set_targets(model, renewed)
+    if settings.kind == "full":
+        system.frozen_statistics = True
+        system.thaw()  # which notes in the configuration what a checkpoint must hold
     if system.profile_head is not None and not config.data.target_tracks:
         system.profile_head.requires_grad_(False)
     return model

@@ -17,7 +17,7 @@ from seq2expr.errors import UserError
 from seq2expr.learn.reading import NO_EXTRAS, Extras, open_extras, to_batch
 from seq2expr.learn.runs import find_run, load_run
 from seq2expr.model.batch import Batch, Prediction, fields_on
-from seq2expr.model.system import Ensemble, System, SystemConfig
+from seq2expr.model.system import Ensemble, System, SystemConfig, members_in
 from seq2expr.store import digest, file_digest
 
 GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "tss", "strand"]
@@ -79,6 +79,8 @@ class Predictor:
     def predictions(self, genes: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, Prediction]]:
         """Yield a batch of genes and the model's answer on the CPU, in order."""
         buffers = None
+        sites = self.windows.sites(genes)
+        self.extras.prepare(self.windows, sites, both_strands=False, what="windows")
         for start in range(0, len(genes), self.batch_size):
             rows = slice(start, start + self.batch_size)
             sites = self.windows.sites(genes.iloc[rows])
@@ -135,7 +137,9 @@ def open_predictor(
         features = pd.DataFrame(scaler.transform(raw), index=raw.index)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    extras = open_extras(model, files.texts, inputs.genes)
+    # A run of ours is quicker than the disk; other trunks are large.
+    stored = getattr(getattr(members_in(model)[0], "trunk", None), "stored", True)
+    extras = open_extras(model, files.texts, inputs.genes, cache=not stored)
     return Predictor(model, inputs, windows, features, batch_size, extras)
 
 

@@ -13,7 +13,8 @@ from seq2expr.errors import UserError
 from seq2expr.learn.trunk_cache import TrunkCache
 from seq2expr.model.batch import Batch
 from seq2expr.model.language import open_tokenizer
-from seq2expr.model.system import Ensemble, System
+from seq2expr.model.system import Ensemble, System, members_in
+from seq2expr.model.trunks import Trunk
 from seq2expr.text.tables import read_texts
 from seq2expr.text.tokens import PromptSettings, PromptTokens, tokenise
 
@@ -135,14 +136,19 @@ def open_extras(
     UserError
         When the model reads text and there is no table, or the prompts do not fit the model.
     """
-    system = model.members[0] if isinstance(model, Ensemble) else model
+    system = members_in(model)[0]
     prompts = None
     if "text" in system.needs:
         prompts = _open_prompts(system, texts, genes)
         system.check_text(prompts.longest)
     trunk = getattr(system, "trunk", None)
-    cached = cache and trunk is not None
+    cached = cache and trunk is not None and not _has_adapter(trunk)
     return Extras(prompts, TrunkCache(trunk) if cached else None)
+
+
+def _has_adapter(trunk: Trunk) -> bool:
+    """Tell whether peft changed the trunk, whose features are then not those of its identity."""
+    return any(hasattr(module, "_active_adapter") for module in trunk.modules())
 
 
 def _open_prompts(system: System, paths: Sequence[Path], genes: pd.DataFrame) -> PromptTokens:

@@ -99,6 +99,7 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     return out
 
 
+@quiet()
 def _train_model(config: RunConfig, system: type[System], root: Path, out: Path) -> None:
     """Open the data, train every member, and write what makes a directory a run."""
     geometry = system.config_class(**config.model)
@@ -206,7 +207,7 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
     """Fit all scalers on the training genes of the run."""
     rows = training_rows(config, data)
     fitted = fit_targets(config, data) | {
-        "profiles": list(data.inputs.files.profiles),
+        "profiles": list(data.inputs.files.profiles) if system.has_profiles else [],
         "tss_rule": config.data.tss_rule,
         "track_dtype": config.data.dtype,
         "feature_groups": list(config.data.features.computed),
@@ -259,11 +260,10 @@ def open_training_extras(
             "The trunk runs in a process of its own, so its features must come from the cache. "
             "Set train.jitter_bp=0, and adapt the language model instead."
         )
-    with PartialState().main_process_first():
-        extras = open_extras(model, data.inputs.files.texts, data.inputs.genes, cache=cache)
-        sites = windows.sites(data.genes.iloc[data.rows("train", "valid")])
-        turned = config.train.reverse_complement > 0
-        extras.prepare(windows, sites, both_strands=turned, what="trunk features")
+    extras = open_extras(model, data.inputs.files.texts, data.inputs.genes, cache=cache)
+    sites = windows.sites(data.genes.iloc[data.rows("train", "valid")])
+    turned = config.train.reverse_complement > 0
+    extras.prepare(windows, sites, both_strands=turned, what="training windows")
     if extras.prompts is not None and PartialState().is_main_process:
         log.info("%s", extras.prompts.describe())
     return extras

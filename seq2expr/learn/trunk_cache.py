@@ -7,6 +7,7 @@ is kept. A shard is published whole, the array before the file that names it: wh
 run leaves is complete, and the next run goes on from there.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -43,8 +44,8 @@ HALF_MAX = 65504.0
 """Largest float16."""
 
 TOLERANCE = 2.0**-9
-"""Largest difference of a row computed again: this share of the value plus that of the row's
-root mean square (float16 rounds by 2^-11)."""
+"""Largest difference of a bin computed again, as a share of the bin's root mean square plus that
+of the row (float16 rounds by 2^-11, and so does the TF32 of a GPU)."""
 
 _CHECKED = 100  # one row of so many is computed a second time
 
@@ -57,11 +58,11 @@ class Place(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row that was computed, and the window it is of."""
+    """A row that was computed, and the window it is of, while that is needed."""
 
     key: str
     values: np.ndarray
-    window: Batch
+    window: Batch | None
 
 
 class TrunkCache:
@@ -118,9 +119,11 @@ class TrunkCache:
         for row in range(len(batch.codes)):
             state = hashlib.blake2b(scale, digest_size=16)
             for name, value in read.items():
-                if value is None or (name == "keep" and bool(value[row].all())):
+                if value is None:
                     continue
                 part = value[row if len(value) > 1 else 0]
+                if name == "keep" and bool(part.all()):
+                    continue
                 state.update(f"|{name} {part.dtype} {tuple(part.shape)}|".encode())
                 state.update(_bytes(part))
             keys.append(state.hexdigest())
@@ -134,7 +137,9 @@ class TrunkCache:
         return [row for row, key in enumerate(self.keys(batch)) if self._find(key) is None]
 
     def prepare(self, batches: Iterable[Batch], n_windows: int, what: str) -> None:
-        """Compute the features of all windows that are not there yet.
+        """Compute the features of all windows that are not there yet, on a GPU if there is one.
+
+        Processes that are started together may all call this: one computes while the others wait.
 
         Parameters
         ----------
@@ -150,7 +155,7 @@ class TrunkCache:
         UserError
             When the disk cannot hold them, or the trunk gives what cannot be kept.
         """
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise TypeError("batches are gone through twice; give a list or a loader.")
         with filelock.FileLock(self.path / ".lock"):
             self._scan()
@@ -160,7 +165,7 @@ class TrunkCache:
             if not todo:
                 return
             self._announce(len(todo), n_windows, what)
-            with self.trunk.session() as compute:
+            with _on_gpu(self.trunk), self.trunk.session() as compute:
                 rows = self._computed(batches, todo, compute)
                 bar = progress(rows, what=what, total=len(todo), unit="window")
                 self._keep(bar, check=compute)
@@ -188,8 +193,7 @@ class TrunkCache:
         out = torch.empty(len(keys), layout.bins, layout.channels)
         for row, key in enumerate(keys):
             place = self._find(key)
-            stored = self._shards[place.shard][place.row]
-            out[row] = torch.from_numpy(stored.astype(np.float32))
+            out[row] = torch.from_numpy(self._shards[place.shard][place.row])
         self._read += len(keys) * self.row_bytes
         if self._read > MAPPED_BYTES:
             self._read = 0
@@ -206,21 +210,9 @@ class TrunkCache:
             When they differ by more than the rounding of float16.
         """
         with self.trunk.session() as compute:
-            for row in range(0, len(batch.codes), _CHECKED):
-                self._compare(self._take(batch, [row]), compute)
-
-    def _compare(self, alone: Batch, compute: Callable[[Batch], Tensor]) -> None:
-        kept = self.features(alone)
-        with torch.inference_mode():
-            again = compute(alone).float().cpu()
-        allowed = TOLERANCE * (again.abs() + again.square().mean().sqrt())
-        off = (kept - again).abs()
-        if not bool((off <= allowed).all()):
-            raise UserError(
-                "The trunk gives other features for a window alone than among others, or a second "
-                f"time (largest difference {float(off.max()):.3g}), so that they cannot be kept. "
-                f"Use another trunk, and remove {self.path}."
-            )
+            for index in range(0, len(batch.codes), _CHECKED):
+                window = self._take(batch, [index])
+                _compare(self.features(window), window, compute)
 
     def _computed(
         self, batches: Iterable[Batch], todo: set[str], compute: Callable[[Batch], Tensor]
@@ -248,29 +240,27 @@ class TrunkCache:
     def _keep(
         self, rows: Iterable[_Row], *, check: Callable[[Batch], Tensor] | None = None
     ) -> None:
-        """Write rows as shards; compute some of the first shard again where ``check`` is given."""
+        """Write rows as shards; with ``check``, first compute some of them a second time."""
         shard: list[_Row] = []
         for row in rows:
-            shard.append(row)
+            if check is not None and len(shard) % _CHECKED == 0:
+                _compare(torch.from_numpy(row.values[None]), row.window, check)
+            shard.append(row._replace(window=None))
             if len(shard) == self.shard_rows:
-                self._write(shard, check)
+                self._write(shard)
                 shard, check = [], None
         if shard:
-            self._write(shard, check)
+            self._write(shard)
 
-    def _write(self, rows: list[_Row], check: Callable[[Batch], Tensor] | None) -> None:
+    def _write(self, rows: list[_Row]) -> None:
         """Publish a shard."""
-        name = uuid.uuid4().hex[:16]
+        array = self.path / f"{uuid.uuid4().hex[:16]}.npy"
         values = np.stack([row.values for row in rows])  # float32 where one row is
-        array = self.path / f"{name}.npy"
         publish(array, lambda temporary: _save(temporary, values))
         known = {"identity": self.trunk.identity, "blake2b": file_digest(array)}
         known["keys"] = [row.key for row in rows]
         write_text(array.with_suffix(".json"), json.dumps(known))
         self._scan()
-        if check is not None:
-            for row in rows[::_CHECKED]:
-                self._compare(row.window, check)
 
     def _take(self, batch: Batch, rows: list[int]) -> Batch:
         """Return some rows of what the trunk reads of a batch."""
@@ -283,18 +273,16 @@ class TrunkCache:
 
     def _announce(self, count: int, n_windows: int, what: str) -> None:
         """Say what is about to be computed, and refuse what the disk cannot hold."""
-        needed, free = count * self.row_bytes, shutil.disk_usage(self.path).free
-        log.info(
-            "trunk features of %s: %s of %s windows to compute, %s MB in %s (%s MB free)",
-            what,
-            *(f"{count:,}", f"{n_windows:,}", f"{needed / 1e6:,.1f}"),
-            *(self.path, f"{free / 1e6:,.0f}"),
-        )
+        needed = count * self.row_bytes / 1e6
+        free = shutil.disk_usage(self.path).free / 1e6
+        size = f"{needed:,.1f} MB in {self.path} ({free:,.0f} MB free)"
+        windows = f"{count:,} of {n_windows:,} windows to compute"
+        log.info("trunk features of %s: %s, %s", what, windows, size)
         if needed > free:
             raise UserError(
-                f"The trunk features of {count:,} windows need {needed / 1e6:,.0f} MB, and "
-                f"{self.path} has {free / 1e6:,.0f} MB free. Free some space, set SEQ2EXPR_CACHE "
-                "to another disk, or use fewer genes."
+                f"The trunk features of {count:,} windows need {needed:,.1f} MB, and {self.path} "
+                f"has {free:,.1f} MB free. Free some space, set SEQ2EXPR_CACHE to another disk, "
+                "or use fewer genes."
             )
 
     def _open(self) -> None:
@@ -303,7 +291,9 @@ class TrunkCache:
         if not manifest.is_file():
             known = {"identity": self.trunk.identity, "layout": self.trunk.layout._asdict()}
             write_text(manifest, json.dumps(known, indent=1))
-        found = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+        self._check_identity(json.loads(manifest.read_text(encoding="utf-8"))["identity"])
+
+    def _check_identity(self, found: str) -> None:
         if found != self.trunk.identity:
             raise UserError(
                 f"{self.path} holds features of the trunk {found}, not of {self.trunk.identity}. "
@@ -317,12 +307,12 @@ class TrunkCache:
                 continue
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-                self._sums[path.stem] = known["blake2b"]
-                rows = enumerate(known["keys"])
-            except (ValueError, KeyError):
+            except ValueError:
                 self._discard(path.stem)
                 continue
-            self._places |= {key: Place(path.stem, row) for row, key in rows}
+            self._check_identity(known["identity"])
+            self._sums[path.stem] = known["blake2b"]
+            self._places |= {key: Place(path.stem, row) for row, key in enumerate(known["keys"])}
 
     def _find(self, key: str) -> Place | None:
         """Tell where a row lies; the shard is checked when it is first asked for."""
@@ -331,7 +321,8 @@ class TrunkCache:
             return place
         array = self.path / f"{place.shard}.npy"
         if array.is_file() and file_digest(array, verify=self.verify) == self._sums[place.shard]:
-            self._shards[place.shard] = np.asarray(np.load(array, mmap_mode="r"))
+            # Private, not read-only, because PyTorch warns of arrays that it must not write.
+            self._shards[place.shard] = np.asarray(np.load(array, mmap_mode="c"))
             return place
         self._discard(place.shard)
         return None
@@ -348,6 +339,20 @@ class TrunkCache:
         self._places = {key: p for key, p in self._places.items() if p.shard != shard}
 
 
+@contextlib.contextmanager
+def _on_gpu(trunk: Trunk) -> Iterator[None]:
+    """Take a trunk to the GPU, where there is one, and back."""
+    home = next((parameter.device for parameter in trunk.parameters()), None)
+    away = home is not None and home.type == "cpu" and torch.cuda.is_available()
+    if away:
+        trunk.to("cuda")
+    try:
+        yield
+    finally:
+        if away:
+            trunk.to(home)
+
+
 def _rounded(values: np.ndarray) -> np.ndarray:
     """Round a row to float16 where its values fit.
 
@@ -362,6 +367,24 @@ def _rounded(values: np.ndarray) -> np.ndarray:
             "The trunk gives a value that is not finite. Check its weights, and the window."
         )
     return values.astype(np.float16) if largest < HALF_MAX else values.copy()
+
+
+def _compare(kept: Tensor, window: Batch, compute: Callable[[Batch], Tensor]) -> None:
+    """Refuse features [1, N, C] that are others when the window is computed alone."""
+    with torch.inference_mode():
+        again = compute(window).float().cpu()
+    off = _size(kept.float() - again)
+    if bool((off > TOLERANCE * (_size(again) + again.square().mean().sqrt())).any()):
+        raise UserError(
+            "The trunk gives other features for a window alone than among others, or a second "
+            f"time (they differ by {float(off.max()):.3g}), so that they cannot be kept. Use "
+            "another trunk, and remove what is kept of this one in SEQ2EXPR_CACHE/trunk."
+        )
+
+
+def _size(values: Tensor) -> Tensor:
+    """Root mean square of each bin: [1, N, C] to [1, N]."""
+    return values.square().mean(-1).sqrt()
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -5,9 +5,10 @@ keys and values of a prompt are then constants: they are computed once per disti
 step runs over the vectors alone.
 """
 
+import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
 
@@ -49,6 +51,7 @@ class LanguageModel(nn.Module):
         self.positions: int | None = getattr(body.config, "max_position_embeddings", None)
         self._prefixes = PrefixCache(cache_mib * _MIB)
         self._kept_of: tuple = ()
+        self._table: tuple[tuple, Tensor] | None = None
 
     @property
     def words(self) -> Tensor:
@@ -60,6 +63,11 @@ class LanguageModel(nn.Module):
         """Whether nothing in it is trained, so that prompts can be kept."""
         return not any(p.requires_grad for p in self.body.parameters())
 
+    def thaw(self) -> None:
+        """Let it train, but for the input embeddings, through which no graph is kept."""
+        self.body.requires_grad_(True)
+        self.body.get_input_embeddings().requires_grad_(False)
+
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in evaluation mode, but for the dropout of adapters."""
         super().train(False)
@@ -67,6 +75,15 @@ class LanguageModel(nn.Module):
             if "lora_dropout" in name:
                 module.train(mode)
         return self
+
+    def table(self, rows: Tensor) -> Tensor:
+        """Return some rows of the table [n, d], float32; kept while the model is frozen."""
+        weight = self.body.get_input_embeddings().weight
+        state = (weight.data_ptr(), weight._version, rows.data_ptr(), rows._version)
+        if self._table is None or self._table[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = (state, weight.detach()[rows].float())
+        return self._table[1]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look up token ids [B, T] as [B, T, d]; no graph is kept through the table."""
@@ -168,14 +185,16 @@ class LanguageModel(nn.Module):
         return _join(parts, ids.shape[1])
 
     def _state(self) -> tuple:
-        """Identify the weights in use, which loading, merging and switching adapters change."""
+        """Identify what keys and values follow from: weights, the adapter in use, precision."""
         weights = tuple((p.data_ptr(), p._version) for p in self.body.parameters())
         adapters = tuple(
             (str(module._active_adapter), module._disable_adapters)
             for module in self.body.modules()
             if hasattr(module, "_active_adapter")  # a layer of peft
         )
-        return weights, adapters
+        kind = self.body.device.type
+        precision = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return weights, adapters, precision
 
     # Not in inference mode: what is kept may meet gradients later.
     @torch.inference_mode(False)
@@ -287,12 +306,29 @@ def open_language(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed)
             return AutoModel.from_config(config, dtype=getattr(torch, dtype))
+    known = {"config": config, "revision": revision or "main", "dtype": getattr(torch, dtype)}
     try:
-        return AutoModel.from_pretrained(
-            name, config=config, revision=revision or "main", dtype=getattr(torch, dtype)
-        )
+        with _no_report():
+            body, found = AutoModel.from_pretrained(name, output_loading_info=True, **known)
     except (OSError, ValueError) as error:
         raise _absent(name, error) from error
+    if found["missing_keys"]:
+        raise UserError(
+            f"The language model {name!r} has no weights for {min(found['missing_keys'])} (and "
+            f"{len(found['missing_keys']) - 1} others). Save it again, or download it again."
+        )
+    return body
+
+
+@contextlib.contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from listing what is left out: the output layer, layers not asked for."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def empty_language(known: Mapping[str, Any], dtype: str) -> PreTrainedModel:

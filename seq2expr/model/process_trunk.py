@@ -175,9 +175,17 @@ def _layout(layout: Mapping[str, Any], window: Mapping[str, Any]) -> dict[str, i
             f"trunk.layout is {dict(layout)}; give bins, channels and bin_bp, and first_bin where "
             "the bins are not in the middle of the window."
         )
-    width, anchor = window["width"], window["tss_index"]
-    first = (width - numbers[0] * numbers[2]) // 2 - (width // 2 if anchor is None else anchor)
-    return {**dict(zip(known, numbers, strict=True)), "first_bin": layout.get("first_bin", first)}
+    (bins, _, bin_bp), width = numbers, window["width"]
+    anchor = width // 2 if window["tss_index"] is None else window["tss_index"]
+    first = layout.get("first_bin", (width - bins * bin_bp) // 2 - anchor)
+    before = anchor + first
+    if before < 0 or before + bins * bin_bp > width or width % bin_bp or before % bin_bp:
+        raise UserError(
+            f"{bins:,} bins of {bin_bp} bp that begin {before:,} bp into a window of {width:,} bp "
+            "do not lie on bins of the window; correct trunk.layout (first_bin is relative to the "
+            "TSS) or trunk.window."
+        )
+    return {**dict(zip(known, numbers, strict=True)), "first_bin": first}
 
 
 TRUNK = ProcessTrunk

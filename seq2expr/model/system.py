@@ -126,6 +126,8 @@ class System(PreTrainedModel):
     """Control models: settings that differ from the model's own, by name of the twin."""
     whole: ClassVar[tuple[str, ...]] = ("head", "profile_head")
     """Modules that an adapter does not touch, but trains and carries whole."""
+    has_profiles: ClassVar[bool] = True
+    """Whether base-level targets are predicted; a system without positions cannot."""
     adapted: tuple[str, ...] = ()
     """Parts of which one gets an adapter, the default first; empty: all outside ``whole``."""
     frozen_statistics: bool = False
@@ -188,7 +190,7 @@ class System(PreTrainedModel):
     def thaw(self) -> None:
         """Make ready for full fine-tuning: let parts train that are usually frozen."""
 
-    def claim(self) -> None:
+    def claim(self, *parts: str) -> None:
         """Make parts that belong to others part of the checkpoint, because they were changed."""
 
     def check_text(self, longest: int) -> None:
@@ -315,6 +317,11 @@ def members_of(run: Path) -> list[Path]:
     if not folder.is_dir():
         return [run]
     return sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name))
+
+
+def members_in(model: System | Ensemble) -> list[System]:
+    """Return the members of an ensemble, or the one system."""
+    return list(model.members) if isinstance(model, Ensemble) else [model]
 
 
 def _mean(values: list[torch.Tensor | None]) -> torch.Tensor | None:

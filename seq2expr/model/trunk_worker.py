@@ -22,7 +22,9 @@ def serve(folder, script):
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # As if the script itself had been started: its neighbours can be imported, ours cannot.
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path = [path for path in sys.path if os.path.abspath(path) != own]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     spec = importlib.util.spec_from_file_location("trunk_script", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

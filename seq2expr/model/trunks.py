@@ -7,6 +7,7 @@ know its features apart from those of any other.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -65,11 +66,6 @@ class BinLayout(NamedTuple):
     def tss_bin(self) -> int:
         """Index of the bin that holds the TSS, or of the nearest bin where none does."""
         return min(max(-self.first_bin // self.bin_bp, 0), self.bins - 1)
-
-    @property
-    def centres(self) -> list[float]:
-        """Distance of the middle of each bin to the TSS (bp, negative is upstream)."""
-        return [self.first_bin + (index + 0.5) * self.bin_bp for index in range(self.bins)]
 
     def on_window(self, values: Tensor, width: int, tss_index: int) -> Tensor:
         """Place values of bins [..., N] on a window [..., width / bin_bp], 0 elsewhere."""
@@ -137,6 +133,24 @@ class Trunk(nn.Module):
     def freeze(self) -> "Trunk":
         """Let no weight train; to be called again after ``from_pretrained``, which lets all."""
         return self.requires_grad_(False).eval()
+
+    def rename(self) -> None:
+        """Take another identity, because the weights were changed.
+
+        Raises
+        ------
+        UserError
+            When no checkpoint would hold them.
+        """
+        if not self.stored:
+            raise UserError(
+                f"A trunk of kind {self.resolved['kind']} is loaded by its name, and no run can "
+                "hold other weights of it. Keep the adapter as it is."
+            )
+        state = hashlib.blake2b(self.identity.encode(), digest_size=8)
+        for name, value in self.state_dict().items():
+            state.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        self.identity = self.resolved["identity"] = state.hexdigest()
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Callable[[Batch], Tensor]]:

@@ -172,6 +172,8 @@ class GTA(System):
     config_class = GTAConfig
     whole: ClassVar[tuple[str, ...]] = ("head", "profile_head", "align", "readout", "last")
 
+    has_profiles: ClassVar[bool] = False
+
     def __init__(self, config: GTAConfig):
         super().__init__(config)
         loading = torch.empty(0).is_meta  # from_pretrained fills what is built here
@@ -201,7 +203,8 @@ class GTA(System):
             system.trunk = build_trunk(system.config.trunk, weights=True)
         system.trunk.freeze()
         if system.config.llm_config is not None:
-            system.language.to(getattr(torch, system.config.llm_dtype))
+            for parameter in system.language.parameters():  # buffers have a type of their own
+                parameter.data = parameter.to(getattr(torch, system.config.llm_dtype))
             system.language.body.requires_grad_(False)
         elif system.config.body != "none":
             system._open_language()
@@ -225,11 +228,11 @@ class GTA(System):
             revision=config.llm_revision,
             dtype=config.llm_dtype,
             layers=config.llm_layers,
-            random_seed=0 if random else None,
+            random_seed=torch.initial_seed() if random else None,
         )
         self._set_language(body)
         table = table_digest(self.language.words)
-        if config.llm_table not in (None, table):
+        if config.llm_table not in (None, table) and not random:
             raise UserError(
                 f"The word embeddings of {config.llm} are not those that the run was trained "
                 "with. Give back the model of then (see model.llm_revision), or train again."
@@ -238,7 +241,7 @@ class GTA(System):
         if config.llm_words is None:
             config.llm_words = len(self._usable_words())
         if random:
-            self.claim()
+            self.claim("language")
 
     def _set_language(self, body: PreTrainedModel) -> None:
         self.language = LanguageModel(body, cache_mib=self.config.prefix_cache_mib)
@@ -293,7 +296,7 @@ class GTA(System):
         words = self.language.words[self.vocabulary].float()
         scale = words.square().mean().sqrt()
         if self.align is not None:
-            self.align.initialise(words, seed=0)
+            self.align.initialise(words, seed=torch.initial_seed() % 2**31)
         if self.last is not None:
             nn.init.normal_(self.last.weight, std=float(scale))
 
@@ -309,16 +312,25 @@ class GTA(System):
         body = "plain" if self.config.body == "attention" else "language"
         return (body, "trunk") if self.config.bins else (body,)
 
-    def claim(self) -> None:
-        """Make the language model part of the checkpoint, because it is not that of its name."""
-        if self.language is not None:
+    def claim(self, *parts: str) -> None:
+        """Make language model or trunk part of the checkpoint: it is not that of its name.
+
+        Raises
+        ------
+        UserError
+            When the trunk is one that checkpoints do not hold.
+        """
+        if "language" in parts:
             self.config.llm_config = self.language.body.config.to_dict()
+        if "trunk" in parts:
+            self.trunk.rename()
+            self.config.trunk = self.trunk.resolved
 
     def thaw(self) -> None:
         """Let everything train but the trunk and the word embeddings, which are read as data."""
         if self.config.body == "llm":
             self.language.thaw()
-            self.claim()
+            self.claim("language")
 
     # ------------------------------------------------------------ reading
 
@@ -377,11 +389,11 @@ class GTA(System):
         """Return the last hidden states of bins [B, N, d] and of the readout token [B, d]."""
         vectors = None
         if bins is not None:
-            vectors = self.align(bins, self.language.words[self.vocabulary])
+            vectors = self.align(bins, self.language.table(self.vocabulary))
         vectors = self._tail(len(batch.ids), vectors)
         text, mask = (batch.text, batch.text_mask) if self.config.reads_text else (None, None)
         if self.plain is None:
-            states = self.language(vectors, text, mask)
+            states = self.language(vectors, text, mask).float()
         else:
             words = None if text is None else self.language.embed(text).float()
             states = self.plain(vectors, words, mask)

@@ -152,10 +152,12 @@ def tokenise(
     first = start + _ids(tokenizer, settings.task.replace("{bins}", str(bins)))
     last = _ids(tokenizer, settings.closing)
     _check_known(tokenizer, first[len(start) :])
-    written = [""] * len(prompts.table) if settings.mode == "shared" else prompts.table["text"]
+    shared = settings.mode == "shared"
+    texts = [""] * len(prompts.table) if shared else prompts.table["text"].tolist()
+    own = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = {
-        gene_id: [*first, *(_ids(tokenizer, text) if text else ()), *last]
-        for gene_id, text in zip(prompts.table["gene_id"], written, strict=True)
+        gene_id: [*first, *(tokens if text else ()), *last]
+        for gene_id, text, tokens in zip(prompts.table["gene_id"], texts, own, strict=True)
     }
     return PromptTokens(prompts, ids)
 

@@ -1,0 +1,248 @@
+"""Run a protocol: a grid of rows, folds and seeds becomes one table with paired intervals."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+
+from seq2expr.config import read_yaml
+from seq2expr.errors import UserError
+from seq2expr.learn.classical import MISSING
+from seq2expr.learn.grid import Grid, controls_of, lay_out, run_of
+from seq2expr.learn.jobs import Job, carry_out
+from seq2expr.learn.protocol import Protocol, load_protocol
+from seq2expr.learn.standings import Entry, rank, scores
+from seq2expr.learn.tables import write_skipped, write_tsv
+from seq2expr.plot import save
+from seq2expr.store import write_text
+from seq2expr.yamlfile import format_yaml
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """A finished benchmark.
+
+    Parameters
+    ----------
+    out
+        Its folder.
+    protocol
+        What was asked for.
+    grid
+        What that was on the data set.
+    table
+        Rows × subsets (see :func:`seq2expr.learn.standings.rank`).
+    scores
+        Every seed, fold, target and metric (see :func:`seq2expr.learn.standings.scores`).
+    failed
+        ``name`` and ``reason`` of the runs that failed.
+    missing
+        Controls that could not be given, with the reason.
+    """
+
+    out: Path
+    protocol: Protocol
+    grid: Grid
+    table: pd.DataFrame
+    scores: pd.DataFrame
+    failed: pd.DataFrame
+    missing: dict[str, str]
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.out / "report.html"
+
+    @property
+    def target(self) -> str:
+        """The scored target."""
+        return self.grid.genes.truth.columns[0]
+
+    def summary(self) -> str:
+        """Return the table as text."""
+        lines = []
+        for subset, rows in self.table.groupby("subset", sort=False):
+            n = rows["n"].max()
+            lines.append(f"{self.target}: {self.protocol.metric}, {subset} (n = {n:,} genes)")
+            for row in rows.itertuples():
+                interval = "" if np.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
+                absent = f"{row.n_nan:,} genes not predicted" if row.n_nan else ""
+                said = "; ".join(filter(None, [row.verdict, absent, row.note]))
+                lines.append(f"  {row.row:<24} {row.value:7.3f}{interval}  {said}")
+        lines += [f"  {name:<24} not given: {why}" for name, why in self.missing.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def benchmark(
+    protocol: str | os.PathLike,
+    *,
+    data: str | os.PathLike | None = None,
+    root: str | os.PathLike = ".",
+    systems: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
+    out: str | os.PathLike,
+) -> Benchmark:
+    """Train every row of a protocol on every fold with every seed, and compare them.
+
+    The same call on the same folder goes on where an interrupted one stopped, run by run. A run
+    that fails is reported, and the others go on. Test genes are read for the last scoring only.
+
+    Parameters
+    ----------
+    protocol
+        A path, or the name of an installed protocol (see
+        :class:`seq2expr.learn.protocol.Protocol`).
+    data, root
+        Data configuration, and what its paths are relative to.
+    systems
+        Rows of the table, by default all that are shown; what they need is trained too.
+    overrides
+        ``key=value`` texts for the settings of the protocol (see
+        :func:`seq2expr.learn.protocol.load_protocol`).
+    jobs
+        Runs at a time; more than one share the cores.
+    out
+        Folder for ``table.tsv``, ``scores.tsv``, ``figure.png``, ``report.html``,
+        ``protocol.yaml`` (as it was run, with the hashes of its inputs) and ``runs/``. Failed
+        runs stand in ``<out>.skipped.tsv``.
+
+    Raises
+    ------
+    UserError
+        When the protocol, the data or the folder do not fit, or nothing is left to score.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be 1 or more.")
+    if PartialState(cpu=not torch.cuda.is_available()).num_processes > 1:
+        raise UserError("A benchmark starts its own processes; run it alone, with --jobs N.")
+    out = Path(out)
+    spec = load_protocol(protocol, overrides)
+    _check_folder(out, spec)
+    grid = lay_out(spec, data=data, root=Path(root), systems=systems, out=out)
+    waiting = [job for job in grid.jobs if not job.is_done()]
+    log.info(_estimate(spec, grid, waiting, jobs))
+    write_text(out / "protocol.yaml", format_yaml(_effective(spec, grid)))
+    failures = carry_out(waiting, at_once=jobs)
+    failed = pd.DataFrame(failures.items(), columns=["name", "reason"])
+    entries = [_entry(row, spec, grid, failures) for row in grid.shown]
+    if not any(entry.predicted for entry in entries):
+        raise UserError(
+            f"No row has a finished run; the first that failed was {failed['name'].iloc[0]}: "
+            f"{failed['reason'].iloc[0]}"
+        )
+    controls, missing = _controls(spec, grid, failures)
+    entries += controls
+    table = rank(entries, grid.genes, compare=spec.compare, metric=spec.metric, n_boot=spec.n_boot)
+    found = Benchmark(out, spec, grid, table, scores(entries, grid.genes), failed, missing)
+    _write(found)
+    return found
+
+
+def _check_folder(out: Path, spec: Protocol) -> None:
+    """Refuse a folder that holds something else."""
+    known = out / "protocol.yaml"
+    if known.is_file():
+        if (name := read_yaml(known).get("name")) != spec.name:
+            raise UserError(
+                f"{out} holds a benchmark of the protocol {name!r}. Choose another --out."
+            )
+    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is no benchmark; choose another --out, or empty it.")
+
+
+def _estimate(spec: Protocol, grid: Grid, waiting: Sequence[Job], at_once: int) -> str:
+    runs = sum(job.controls is None for job in grid.jobs)
+    left = sum(job.controls is None for job in waiting)
+    rows = runs // (len(grid.splits) * len(spec.seeds))
+    return (
+        f"{spec.name}: {runs:,} runs ({rows} rows × {len(grid.splits)} folds × "
+        f"{len(spec.seeds)} seeds), {runs - left:,} done, {left:,} to train, {at_once} at a time."
+    )
+
+
+def _effective(spec: Protocol, grid: Grid) -> dict[str, Any]:
+    """Return the protocol as it is run, with what it is run on."""
+    made_from = {
+        "data": grid.data.name,
+        "rows": grid.shown,
+        "inputs": grid.inputs,
+        "folds": [
+            {part: list(getattr(split, part)) for part in ("test", "valid", "train")}
+            | {"n_test": int((grid.genes.fold == fold).sum())}
+            for fold, split in enumerate(grid.splits)
+        ],
+        "excluded_chroms": grid.excluded,
+        "leaky": any(split.leaky for split in grid.splits),
+    }
+    tree = spec.model_dump(mode="json", exclude_defaults=True)
+    return tree | {"made_from": made_from}
+
+
+def _entry(row: str, spec: Protocol, grid: Grid, failures: dict[str, str]) -> Entry:
+    """Collect the predictions of a row; a seed counts when all its folds are done."""
+    by_name = {job.name: job for job in grid.jobs}
+    predicted, notes, sizes = {}, [], []
+    for seed in spec.seeds:
+        jobs = [by_name[run_of(row, fold, seed)] for fold in range(len(grid.splits))]
+        broken = [failures[job.name] for job in jobs if job.name in failures]
+        if broken:
+            notes.append(f"seed {seed} failed: {broken[0]}")
+            continue
+        predicted[seed] = _pooled(jobs, grid)
+        sizes += [_parameters(job.run) for job in jobs]
+    size = float(np.mean(sizes)) if sizes else np.nan
+    return Entry(row, "row", predicted, size, "; ".join(notes))
+
+
+def _controls(
+    spec: Protocol, grid: Grid, failures: dict[str, str]
+) -> tuple[list[Entry], dict[str, str]]:
+    """Collect the controls, and say of those that are not there why."""
+    if not spec.controls.names:
+        return [], {}
+    by_name = {job.name: job for job in grid.jobs}
+    jobs = [by_name[controls_of(fold)] for fold in range(len(grid.splits))]
+    broken = [failures[job.name] for job in jobs if job.name in failures]
+    if broken:
+        return [], dict.fromkeys(spec.controls.names, f"failed: {broken[0]}")
+    pooled = _pooled(jobs, grid)
+    entries = [
+        Entry(name, "control", {0: values.to_frame(grid.genes.truth.columns[0])})
+        for name, values in pooled.items()
+    ]
+    return entries, jobs[0].read().attrs[MISSING]
+
+
+def _pooled(jobs: Sequence[Job], grid: Grid) -> pd.DataFrame:
+    """Put the test genes of all folds into the order of the truth."""
+    return pd.concat([job.read() for job in jobs]).loc[grid.genes.truth.index]
+
+
+def _parameters(run: Path) -> float:
+    """Return how many parameters were trained in a run, over all its members."""
+    summary = run / "metrics.json"
+    if not summary.is_file():  # a run may be removed once its test genes are predicted
+        return np.nan
+    members = json.loads(summary.read_text(encoding="utf-8"))["members"]
+    return float(sum(member["parameters"] for member in members))
+
+
+def _write(found: Benchmark) -> None:
+    from seq2expr.learn.benchmark_page import dots, write_report
+
+    write_tsv(found.out / "table.tsv", found.table)
+    write_tsv(found.out / "scores.tsv", found.scores)
+    write_skipped(found.out, found.failed)
+    save(dots(found.table, compare=found.protocol.compare), found.out / "figure", ("png",))
+    write_report(found)

@@ -1,0 +1,235 @@
+"""The runs of a benchmark: train, predict the test genes, and publish the table; N at a time.
+
+A job ``ROW/fold0_seed0`` leaves ``ROW/fold0_seed0/`` (an ordinary run directory), and beside it
+``.parquet`` (predicted test genes; it is there when the job is done), ``.json`` (what it was made
+of), and, where it ran in a process of its own, ``.log``.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import pydantic
+
+from seq2expr.config import RunConfig, Strict
+from seq2expr.errors import UserError
+from seq2expr.learn.classical import fit_controls
+from seq2expr.learn.protocol import ControlSpec
+from seq2expr.learn.source import Source
+from seq2expr.learn.train import train_run
+from seq2expr.model.system import SystemConfig
+from seq2expr.progress import progress
+from seq2expr.store import publish, write_text
+
+log = logging.getLogger(__name__)
+
+
+class Job(Strict):
+    """One table of predictions: of a run that is trained for it, or of the controls of a fold.
+
+    Parameters
+    ----------
+    name
+        ``ROW/fold0_seed0``, or ``controls/fold0``.
+    folder
+        Where jobs leave their files.
+    root
+        What paths of the data set are relative to.
+    config
+        The run; for controls, the row whose window they read.
+    genes
+        Ids of the test genes.
+    needs
+        Jobs that must be done before.
+    stamp
+        Hashes of all that the table follows from: ``configuration``, ``inputs`` (the files) and
+        ``needs`` (the runs before it).
+    controls
+        Which controls to fit; None trains the run.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    config: RunConfig
+    genes: list[str]
+    needs: list[str] = pydantic.Field(default_factory=list)
+    stamp: dict[str, str]
+    controls: ControlSpec | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.folder / self.name
+
+    @property
+    def table(self) -> Path:
+        """The predicted test genes."""
+        return self._beside(".parquet")
+
+    @property
+    def log(self) -> Path:
+        """What was said in a process of its own."""
+        return self._beside(".log")
+
+    def is_done(self) -> bool:
+        """Tell whether the table is there.
+
+        Raises
+        ------
+        UserError
+            When the run was made of something else. (Controls are then fitted again.)
+        """
+        place = self._beside(".json")
+        known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else self.stamp
+        changed = [part for part in self.stamp if known.get(part) != self.stamp[part]]
+        if changed and self.controls is None and (self.run.exists() or self.table.exists()):
+            raise UserError(
+                f"{self.run} was made with other {' and '.join(changed)}. Choose another --out, "
+                "or remove it with the files beside it to train it again."
+            )
+        return self.table.is_file() and not changed
+
+    def perform(self) -> None:
+        """Make the table, unless another process does so first."""
+        self.run.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self._beside(".lock")):
+            if self.is_done():
+                return
+            self.table.unlink(missing_ok=True)  # controls of another protocol
+            write_text(self._beside(".json"), json.dumps(self.stamp, indent=1) + "\n")
+            made = self._fit_controls() if self.controls else self._train_and_predict()
+            publish(self.table, made.to_parquet)
+
+    def read(self) -> pd.DataFrame:
+        """Return the predictions, indexed by gene id."""
+        return pd.read_parquet(self.table).set_index("gene_id")
+
+    def _train_and_predict(self) -> pd.DataFrame:
+        run = train_run(self.config, self.root, self.run)
+        source = Source(run, self.config, self.config.data, self.root, None, SystemConfig())
+        predicted = source.predict(run, self.genes)
+        return predicted[["gene_id", *self.config.data.targets]]
+
+    def _fit_controls(self) -> pd.DataFrame:
+        return fit_controls(self.config, self.root, self.genes, self.controls)
+
+    def _beside(self, ending: str) -> Path:
+        return self.folder / (self.name + ending)
+
+
+def carry_out(jobs: Sequence[Job], *, at_once: int) -> dict[str, str]:
+    """Do jobs, each after those that it needs, and go on when one fails.
+
+    Parameters
+    ----------
+    jobs
+        Each after those of its ``needs`` that are not done yet.
+    at_once
+        With 1 they are done in this process; otherwise as many processes share the cores.
+
+    Returns
+    -------
+    Why a job failed, by its name.
+    """
+    if at_once == 1:
+        failed: dict[str, str] = {}
+        for job in progress(jobs, what="runs", unit="run"):
+            _note(failed, job, _blocked(job, failed) or _attempt(job))
+        return failed
+    return _side_by_side(jobs, at_once)
+
+
+def _side_by_side(jobs: Sequence[Job], at_once: int) -> dict[str, str]:
+    futures: dict[str, Future] = {}
+    failed: dict[str, str] = {}
+
+    def work(job: Job) -> None:
+        # What a job waits for was handed in before it, so the first unfinished one never waits.
+        for need in job.needs:
+            if need in futures:
+                futures[need].result()
+        _note(failed, job, _blocked(job, failed) or _attempt_apart(job, at_once))
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for job in jobs:
+                futures[job.name] = pool.submit(work, job)
+            done = as_completed(futures.values())
+            for future in progress(done, what="runs", total=len(jobs), unit="run"):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def _note(failed: dict[str, str], job: Job, why: str | None) -> None:
+    if why is not None:
+        log.warning("%s failed: %s", job.name, why)
+        failed[job.name] = why
+
+
+def _blocked(job: Job, failed: Mapping[str, str]) -> str | None:
+    broken = [need for need in job.needs if need in failed]
+    return f"it needs {broken[0]}, which failed" if broken else None
+
+
+def _attempt(job: Job) -> str | None:
+    """Do a job in this process; return why it failed."""
+    try:
+        job.perform()
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # one run must not end the others
+        log.debug("%s", job.name, exc_info=error)
+        return f"internal error, {type(error).__name__}: {error}"
+    return None
+
+
+def _attempt_apart(job: Job, at_once: int) -> str | None:
+    """Do a job in a process of its own, which may even be killed; return why it failed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = str(max(1, (cores or 1) // at_once))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w", encoding="utf-8") as handle:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=job.model_dump_json(),
+            stdout=subprocess.PIPE,
+            stderr=handle,
+            env={"OMP_NUM_THREADS": share} | os.environ,
+            text=True,
+        )
+    if done.returncode == 0:
+        return None
+    if done.returncode == 2:
+        return done.stdout.strip()
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"its process was ended by {name}, perhaps for lack of memory (see {job.log})"
+    said = job.log.read_text(encoding="utf-8").strip().splitlines()
+    return f"internal error, {said[-1] if said else 'without a word'} (see {job.log})"
+
+
+def main() -> None:
+    """Do the job on standard input; a user's mistake is said on standard output, exit code 2."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("seq2expr").setLevel(logging.INFO)
+    job = Job.model_validate_json(sys.stdin.read())
+    try:
+        job.perform()
+    except UserError as error:
+        sys.stdout.write(str(error))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

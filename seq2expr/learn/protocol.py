@@ -1,0 +1,347 @@
+"""A benchmark protocol: what is compared, on which folds and seeds, and how each row is made.
+
+A row is a configuration with changes. In their values ``${NAME}`` stands for a setting of the
+protocol and ``${run:ROW}`` for the run of another row on the same fold with the same seed, which
+is therefore trained first.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+
+from seq2expr.config import Strict, checked, merge, parse_overrides, read_yaml
+from seq2expr.errors import UserError
+from seq2expr.learn.controls import CONTROLS
+from seq2expr.learn.metrics import ACROSS_GENES
+
+KMER_RIDGE = "kmer_ridge"
+KNOWN_CONTROLS = (*CONTROLS, KMER_RIDGE)
+
+CONTROL_FOLDER = "controls"
+"""Where the controls lie beside the rows; no row may have this name."""
+
+_REFERENCE = re.compile(r"\$\{(run:)?([^}]*)\}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DECIDED = ("data.split", "data.exclude_chroms", "train.seed", "controls")
+_CHANGEABLE = ("folds", "seeds", "metric", "n_boot", "compare", "controls")
+
+
+class FoldSpec(Strict):
+    """Cross-validation over whole chromosomes (see :func:`seq2expr.learn.splits.folds`).
+
+    Parameters
+    ----------
+    n
+        Number of folds; every labelled chromosome is tested on once.
+    valid_share
+        Share of the genes outside the test fold to validate on.
+    seed
+        Seed of ties and of the validation draw.
+    """
+
+    n: int = 3
+    valid_share: float = 0.1
+    seed: int = 0
+
+
+class RowSpec(Strict):
+    """How a row is made: a configuration, or that of another row, and changes.
+
+    Parameters
+    ----------
+    config
+        System file: a path, or the name of an installed one.
+    like
+        Instead: the row whose configuration and changes come first.
+    set
+        Changes by dotted key, as ``--set`` of ``train`` takes them.
+    shown
+        Whether the row stands in the table; one that is not is trained where others name it.
+    note
+        What the row is, for the reader of the table.
+    """
+
+    config: str | None = None
+    like: str | None = None
+    set: dict[str, Any] = pydantic.Field(default_factory=dict)
+    shown: bool = True
+    note: str = ""
+
+
+class ControlSpec(Strict):
+    """The classical controls, fitted on the training and validation genes of each fold.
+
+    Parameters
+    ----------
+    names
+        Of those of an evaluation (see :mod:`seq2expr.learn.controls`; ``category_mean`` is one
+        for each category of the data set) and ``kmer_ridge``.
+    window_of
+        The row whose window they read, which may not need another's run; by default the one that
+        is compared.
+    k
+        Longest word that ``kmer_ridge`` counts.
+    """
+
+    names: list[Literal[KNOWN_CONTROLS]] = pydantic.Field(default_factory=list)
+    window_of: str | None = None
+    k: int = pydantic.Field(5, ge=1, le=6)
+
+
+class Protocol(Strict):
+    """A benchmark: rows × folds × seeds, and what every row is compared with.
+
+    Parameters
+    ----------
+    name, title, notes
+        Shown in the report; ``notes`` say how the settings of the rows were chosen.
+    settings
+        What ``--set`` may change, by name; null has no default and must be given.
+    folds
+        Cross-validation, or ``data`` for the split of the data file.
+    seeds
+        Seeds that every row is trained with.
+    rows
+        What is compared, in the order of the table.
+    controls
+        Classical controls; a list is short for their names.
+    compare
+        The row from which every other one is subtracted, paired over genes.
+    metric
+        Metric of the table; the others are in the long table of scores.
+    n_boot
+        Bootstrap resamples of the test genes.
+    made_from
+        Written with a result: folds, inputs with their hashes, rows that were asked for. Not
+        read, so that the file of a result is itself a protocol.
+    """
+
+    name: str
+    title: str = ""
+    notes: list[str] = pydantic.Field(default_factory=list)
+    settings: dict[str, Any] = pydantic.Field(default_factory=dict)
+    folds: FoldSpec | Literal["data"] = FoldSpec()
+    seeds: list[int] = pydantic.Field([0], min_length=1)
+    rows: dict[str, RowSpec] = pydantic.Field(min_length=1)
+    controls: ControlSpec = ControlSpec()
+    compare: str
+    metric: Literal[tuple(ACROSS_GENES)] = next(iter(ACROSS_GENES))
+    n_boot: int = pydantic.Field(1000, ge=0)
+    made_from: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.field_validator("controls", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"names": value} if isinstance(value, list) else value
+
+    @property
+    def controls_window(self) -> str:
+        """The row whose window the controls read."""
+        return self.controls.window_of or self.compare
+
+    def chosen(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """Return the shown rows among ``names`` (all by default), and all rows to train for them.
+
+        The latter stand in the order in which they can be trained.
+
+        Raises
+        ------
+        UserError
+            When a name is no row that can be shown.
+        """
+        shown = [name for name, row in self.rows.items() if row.shown]
+        wanted = shown if names is None else list(dict.fromkeys(names))
+        if unknown := [name for name in wanted if name not in shown]:
+            raise UserError(f"No row is called {unknown[0]!r}; choose from {', '.join(shown)}.")
+        if not wanted:
+            raise UserError(f"No row was asked for; choose from {', '.join(shown)}.")
+        ordered: list[str] = []
+        for name in wanted:
+            ordered += [row for row in self._before(name) if row not in ordered]
+        return [name for name in shown if name in wanted], ordered
+
+    def needs(self, row: str) -> list[str]:
+        """Return the rows whose runs the settings of a row name."""
+        _, changes = self._recipe(row)
+        found = (name for value in changes.values() for run, name in _references(value) if run)
+        return list(dict.fromkeys(found))
+
+    def reads(self, row: str) -> dict[str, Any]:
+        """Return the settings that the changes of a row name, by name."""
+        _, changes = self._recipe(row)
+        found = (name for value in changes.values() for run, name in _references(value) if not run)
+        return {name: self.settings[name] for name in found}
+
+    def configuration(self, row: str, runs: Mapping[str, str]) -> tuple[str, list[str]]:
+        """Return what a row is configured with: a system file and overrides.
+
+        Parameters
+        ----------
+        row
+            Name of the row.
+        runs
+            Directory of the run of every row that :meth:`needs` names.
+
+        Raises
+        ------
+        UserError
+            When it reads a setting that must be given and is not.
+        """
+        config, changes = self._recipe(row)
+        if missing := [
+            name
+            for value in (config, *changes.values())
+            for run, name in _references(value)
+            if not run and self.settings[name] is None
+        ]:
+            raise UserError(
+                f"Row {row!r} needs the setting {missing[0]!r}, which has no default. "
+                f"Give it with --set {missing[0]}=VALUE."
+            )
+        filled = {key: self._filled(value, runs) for key, value in changes.items()}
+        # JSON is YAML, and keeps a text that looks like a number a text.
+        overrides = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in filled.items()]
+        return str(self._filled(config, runs)), overrides
+
+    def _recipe(self, row: str) -> tuple[str, dict[str, Any]]:
+        """Return the system file and the changes of a row, those of the rows it is like first."""
+        spec = self.rows[row]
+        config, changes = (spec.config, {}) if spec.like is None else self._recipe(spec.like)
+        kept = {key: value for key, value in changes.items() if key not in spec.set}
+        return config, kept | spec.set
+
+    def _before(self, row: str) -> list[str]:
+        """Return what a row needs, each after what it needs itself, and the row last."""
+        ordered: list[str] = []
+        for need in self.needs(row):
+            ordered += [name for name in self._before(need) if name not in ordered]
+        return [*ordered, row]
+
+    def _filled(self, value: Any, runs: Mapping[str, str]) -> Any:
+        """Put settings and runs where a value names them."""
+        if isinstance(value, dict):
+            return {key: self._filled(part, runs) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._filled(part, runs) for part in value]
+        if not isinstance(value, str):
+            return value
+
+        def meant(match: re.Match) -> Any:
+            return runs[match[2]] if match[1] else self.settings[match[2]]
+
+        alone = _REFERENCE.fullmatch(value)  # keeps its type: a number stays one
+        return meant(alone) if alone else _REFERENCE.sub(lambda m: str(meant(m)), value)
+
+
+def load_protocol(source: str | os.PathLike, overrides: Sequence[str] = ()) -> Protocol:
+    """Read and check a protocol.
+
+    Parameters
+    ----------
+    source
+        A path, or the name of an installed protocol.
+    overrides
+        ``key=value`` texts for its settings, and for what a smaller trial changes (seeds,
+        folds.n, metric, n_boot, compare, controls).
+
+    Raises
+    ------
+    UserError
+        On anything that does not fit, before any work is done.
+    """
+    tree = read_yaml(source)
+    settings = checked(Protocol, tree, where=str(source)).settings
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key not in settings and key not in _CHANGEABLE:
+            raise UserError(
+                f"--set {key}: the protocol {source} has no such setting; it has "
+                f"{', '.join([*settings, *_CHANGEABLE])}."
+            )
+    given = {key: changes.pop(key) for key in settings if key in changes}
+    # Settings are replaced, not merged: a mapping is one value.
+    tree = merge(tree, changes) | {"settings": settings | given}
+    protocol = checked(Protocol, tree, where=str(source))
+    for problem in _problems(protocol):
+        raise UserError(f"{source}: {problem}")
+    return protocol
+
+
+def _problems(protocol: Protocol) -> Iterator[str]:
+    """Yield what the types alone do not refuse; the first is reported."""
+    rows = protocol.rows
+    for name, row in rows.items():
+        yield from _row_problems(name, row, rows)
+    for name in rows:
+        if cycle := _cycle(name, lambda row: [rows[row].like] if rows[row].like else []):
+            yield f"rows are like one another in a circle: {' → '.join(cycle)}. Break it."
+    for name in rows:
+        yield from _reference_problems(name, protocol)
+    for name in rows:
+        if cycle := _cycle(name, protocol.needs):
+            yield f"rows need one another's runs in a circle: {' → '.join(cycle)}. Break it."
+    if protocol.compare not in rows or not rows[protocol.compare].shown:
+        yield f"compare is {protocol.compare!r}, which is no shown row. Name one of them."
+    if protocol.controls_window not in rows:
+        yield f"controls.window_of is {protocol.controls_window!r}, which is no row. Name one."
+    elif protocol.controls.names and protocol.needs(protocol.controls_window):
+        yield (
+            f"controls read the window of {protocol.controls_window!r}, which follows from the "
+            "run of another row. Name that row in controls.window_of."
+        )
+    if both := set(rows) & set(protocol.controls.names):
+        yield f"{both.pop()!r} is a row and a control. Call the row otherwise."
+    if len(set(protocol.seeds)) < len(protocol.seeds) or min(protocol.seeds) < 0:
+        yield f"seeds are {protocol.seeds}; they must be different, and not negative."
+
+
+def _row_problems(name: str, row: RowSpec, rows: Mapping[str, RowSpec]) -> Iterator[str]:
+    if not _NAME.fullmatch(name) or name == CONTROL_FOLDER:
+        yield (
+            f"a row cannot be called {name!r}: names are letters, digits, '_', '.' and '-', and "
+            f"not {CONTROL_FOLDER!r}."
+        )
+    if (row.config is None) == (row.like is None):
+        yield f"row {name!r} needs either config (a system file) or like (another row)."
+    if row.like is not None and row.like not in rows:
+        yield f"row {name!r} is like {row.like!r}, which is no row ({', '.join(rows)})."
+    for key in row.set:
+        if any(key == taken or key.startswith(taken + ".") for taken in _DECIDED):
+            yield f"row {name!r} sets {key!r}, which the protocol itself decides. Leave it out."
+
+
+def _reference_problems(name: str, protocol: Protocol) -> Iterator[str]:
+    config, changes = protocol._recipe(name)
+    for value in (config, *changes.values()):
+        for is_run, reference in _references(value):
+            known = protocol.rows if is_run else protocol.settings
+            if reference not in known:
+                yield (
+                    f"row {name!r} names {reference!r}, which is not among the "
+                    f"{'rows' if is_run else 'settings'} ({', '.join(known) or 'none'})."
+                )
+
+
+def _cycle(start: str, following: Callable[[str], Sequence[str]]) -> list[str]:
+    """Return a path from a row back to itself, or nothing."""
+    paths = [[start]]
+    seen: set[str] = set()
+    while paths:
+        path = paths.pop()
+        for name in following(path[-1]):
+            if name == start:
+                return [*path, name]
+            if name not in seen:
+                seen.add(name)
+                paths.append([*path, name])
+    return []
+
+
+def _references(value: Any) -> list[tuple[bool, str]]:
+    """Return what a value names: (whether it is a run, its name)."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(bool(run), name) for run, name in _REFERENCE.findall(text)]
