@@ -6,7 +6,7 @@ from typing import Any
 
 _PUBLIC = {
     "Batch": "seq2expr.model.batch",
-    "Benchmark": "seq2expr.learn.benchmark",
+    "Benchmark": "seq2expr.bench.run",
     "Ensemble": "seq2expr.model.system",
     "Evaluation": "seq2expr.learn.evaluate",
     "ExpressionHead": "seq2expr.model.heads",
@@ -17,7 +17,7 @@ _PUBLIC = {
     "Track": "seq2expr.dna.tracks",
     "UserError": "seq2expr.errors",
     "Windows": "seq2expr.dna.windows",
-    "benchmark": "seq2expr.learn.benchmark",
+    "benchmark": "seq2expr.bench.run",
     "demo": "seq2expr.showcase",
     "evaluate": "seq2expr.learn.evaluate",
     "finetune": "seq2expr.learn.finetune",

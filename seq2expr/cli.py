@@ -249,7 +249,7 @@ def benchmark(
     jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
 ) -> None:
     """Train rows of a protocol over folds and seeds, and compare them, paired over genes."""
-    from seq2expr.learn.benchmark import benchmark
+    from seq2expr.bench.run import benchmark
 
     found = benchmark(
         protocol, data=data, root=root or Path(), systems=_names(systems) if systems else None,
@@ -263,7 +263,7 @@ def benchmark(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str | None, typer.Argument(help="systems or backbones; both by default.")
+        str | None, typer.Argument(help="systems, backbones, trunks or llms; all by default.")
     ] = None,
 ) -> None:
     """List what can be named in a configuration."""

@@ -52,6 +52,13 @@ SYSTEMS = (
         "Su et al. 2025, Learning to Discover Regulatory Elements for Gene Expression Prediction",
         "ours (MIT); the authors' code is GPL-3 and not used",
     ),
+    SystemEntry(
+        "gta",
+        "a frozen DNA trunk, text on the gene, a frozen language model",
+        "after Honig et al. 2024, Long-range gene expression prediction with token alignment of "
+        "large language model (of which only the abstract could be read)",
+        "ours (MIT); no code of the authors is published",
+    ),
 )
 """Systems that train, predict and evaluate in this version."""
 

@@ -36,7 +36,7 @@ def test_systems_know_nothing_above_the_model():
 
 
 def test_no_layer_imports_a_higher_one():
-    order = ["interpret", "learn", "systems", "model", "text", "dna"]
+    order = ["bench", "interpret", "learn", "systems", "model", "text", "dna"]
     for rank, folder in enumerate(order):
         higher = tuple(
             f"seq2expr.{name}" for name in [*order[:rank], "cli", "registry", "showcase"]

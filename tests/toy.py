@@ -1,9 +1,16 @@
 """Tiny systems and batches for tests of models."""
 
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import torch
+from transformers import AutoModelForCausalLM
 
 from seq2expr.model.batch import Batch
 from seq2expr.model.system import System, system_class
+from tests.llms import VOCABULARY, tiny_config, write_llm, write_tokenizer
 
 WIDTH = 256
 TRACKS = ["h3k27ac", "dnase", "hic"]
@@ -23,12 +30,32 @@ BACKBONE_SETTINGS = {
 }
 
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="seq2expr_toys_")  # goes with the process
+
+ALIGNED = {
+    "centre": 8,
+    "pool_by": 4,
+    "prototypes": 7,
+    "rank": 3,
+    "subset": 11,
+    "heads": 2,
+    "head_dim": 5,
+    "body_layers": 1,
+    "readout_channels": 4,
+    "readout_hidden": 6,
+}
+"""Settings of ``gta``: 32 bins of the trunk become 14 vectors."""
+
+
 def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int = 0) -> Batch:
-    """Random windows; the last bases of the last row lie beyond a chromosome end."""
+    """Random windows; the last bases of the last row lie beyond a chromosome end.
+
+    Prompts have 3 to 6 tokens, padded on the left.
+    """
     random = torch.Generator().manual_seed(seed)
     keep = torch.ones(rows, width, dtype=torch.bool)
     keep[-1, -20:] = False
-    return Batch(
+    batch = Batch(
         ids=[f"gene{row}" for row in range(rows)],
         codes=torch.randint(0, 5, (rows, width), generator=random, dtype=torch.uint8),
         signal=torch.rand(rows, len(TRACKS), width // bin_bp, generator=random) * 3,
@@ -38,26 +65,70 @@ def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int =
         target=torch.randn(rows, len(TARGETS), generator=random),
         target_mask=torch.ones(rows, len(TARGETS), dtype=torch.bool),
     )
+    tokens = torch.randint(3, VOCABULARY, (rows, 6), generator=random)
+    batch["text_mask"] = torch.arange(6) >= torch.arange(rows).unsqueeze(1) % 4
+    batch["text"] = tokens * batch.text_mask
+    return batch
 
 
-def toy_system(
-    name: str = "seq2exp", *, backbone: str = "conv", seed: int = 0, **settings: object
-) -> System:
-    """A system of a few thousand parameters, in evaluation mode."""
-    torch.manual_seed(seed)
-    system = system_class(name)
+def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> System:
+    """A system of a few thousand parameters, in evaluation mode.
+
+    Of ``gta``, ``language`` is the kind of the language model (see :mod:`tests.llms`).
+    """
     fitted = {
-        "width": WIDTH,
         "tracks": TRACKS,
-        "signal_center": [1.5, 0.7, 0.2],
-        "signal_spread": [0.4, 0.5, 0.6],
-        "signal_mean": [1.5, 1.2, 0.9],
         "targets": TARGETS,
         "target_mean": [0.3, -0.2],
         "target_sd": [1.5, 0.8],
         "n_features": 2,
         "head": {"hidden": 16, "depth": 1},
+    }
+    small = _small_gta if name == "gta" else _small_seq2exp
+    changes = small(**settings)
+    torch.manual_seed(seed)
+    system = system_class(name)
+    return system(system.config_class(**(fitted | changes))).eval()
+
+
+def _small_seq2exp(*, backbone: str = "conv", **settings: Any) -> dict[str, Any]:
+    fitted = {
+        "width": WIDTH,
+        "signal_center": [1.5, 0.7, 0.2],
+        "signal_spread": [0.4, 0.5, 0.6],
+        "signal_mean": [1.5, 1.2, 0.9],
         "promoter_bp": 24,
     }
-    small = {"backbone": backbone, "d_model": 16} | BACKBONE_SETTINGS[backbone]
-    return system(system.config_class(**(fitted | small | settings))).eval()
+    return fitted | {"backbone": backbone, "d_model": 16} | BACKBONE_SETTINGS[backbone] | settings
+
+
+def _small_gta(*, language: str = "llama", **settings: Any) -> dict[str, Any]:
+    named = {"trunk": str(toy_trunk()), "llm": str(toy_llm(language))}
+    return named | ALIGNED | settings
+
+
+@functools.cache
+def toy_trunk() -> Path:
+    """A run of ``seq2exp`` that stands below ``gta``: 32 bins of 16 channels."""
+    place = Path(_FOLDER.name) / "trunk"
+    toy_system().save_pretrained(place)
+    return place
+
+
+@functools.cache
+def sharp_llm() -> Path:
+    """The directory of one that is far from the identity, which it is with weights of 0.02."""
+    place = Path(_FOLDER.name) / "sharp"
+    config = tiny_config()
+    config.initializer_range = 0.2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    write_tokenizer(place)
+    return place
+
+
+@functools.cache
+def toy_llm(kind: str = "llama") -> Path:
+    """The directory of a tiny language model, shared, so never changed."""
+    return write_llm(Path(_FOLDER.name) / kind, kind)

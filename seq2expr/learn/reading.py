@@ -13,7 +13,7 @@ from seq2expr.errors import UserError
 from seq2expr.learn.trunk_cache import TrunkCache
 from seq2expr.model.batch import Batch
 from seq2expr.model.language import open_tokenizer
-from seq2expr.model.system import Ensemble, System, members_in
+from seq2expr.model.system import Ensemble, System, TrunkStatistics, members_in
 from seq2expr.model.trunks import Trunk
 from seq2expr.text.tables import read_texts
 from seq2expr.text.tokens import PromptSettings, PromptTokens, tokenise
@@ -73,24 +73,25 @@ class Extras:
             sites = _take(sites, np.tile(np.arange(len(sites.gene_id)), 2))._replace(minus=turned)
         self.trunk.prepare(_Batches(windows, sites), len(sites.gene_id), what)
 
-    def statistics(
-        self, system: System, windows: Windows, sites: Sites
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return mean and standard deviation [C] of the trunk's channels, over some windows.
+    def fit_trunk(self, system: System, windows: Windows, sites: Sites) -> TrunkStatistics | None:
+        """Describe the channels of the trunk over some windows; None where there is no trunk.
 
-        At most :data:`SAMPLE` windows are taken, evenly; None where there is no trunk.
+        At most :data:`SAMPLE` windows are taken, evenly.
         """
         if getattr(system, "trunk", None) is None:
             return None
         picked = np.linspace(0, len(sites.gene_id) - 1, min(SAMPLE, len(sites.gene_id)))
-        total, squares, count = 0.0, 0.0, 0
+        raw, read, squares, n_raw, n_read = 0.0, 0.0, 0.0, 0, 0
         for batch in _Batches(windows, _take(sites, np.unique(picked.astype(np.int64)))):
             found = self.trunk.features(batch) if self.trunk else system.trunk(batch)
             values = found.double().flatten(0, 1)
-            total, squares = total + values.sum(0), squares + values.square().sum(0)
-            count += len(values)
-        mean = total / count
-        return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()
+            seen = system.read_trunk(found).double().flatten(0, 1)
+            raw, read = raw + values.sum(0), read + seen.sum(0)
+            squares = squares + seen.square().sum(0)
+            n_raw, n_read = n_raw + len(values), n_read + len(seen)
+        mean = read / n_read
+        sd = (squares / n_read - mean.square()).clamp_min(0).sqrt()
+        return TrunkStatistics((raw / n_raw).float(), mean.float(), sd.float())
 
 
 NO_EXTRAS = Extras()
@@ -142,7 +143,7 @@ def open_extras(
         prompts = _open_prompts(system, texts, genes)
         system.check_text(prompts.longest)
     trunk = getattr(system, "trunk", None)
-    cached = cache and trunk is not None and not _has_adapter(trunk)
+    cached = cache and trunk is not None and system.vectors > 0 and not _has_adapter(trunk)
     return Extras(prompts, TrunkCache(trunk) if cached else None)
 
 

@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from seq2expr.config import RunConfig, dump_yaml, parse_run_config, read_yaml
 from seq2expr.errors import UserError
+from seq2expr.model.hub import fetch_model, is_hub_id
 from seq2expr.model.system import Ensemble, System, members_of
 from seq2expr.progress import wants_progress
 from seq2expr.store import file_digest, write_text
@@ -93,8 +94,8 @@ def find_run(run: str | os.PathLike) -> Path:
         When there is no such run, or it was never finished.
     """
     path = Path(run)
-    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
-        return _from_hub(str(run))
+    if is_hub_id(str(run)):
+        return fetch_model(str(run))
     if not (path / "config.json").is_file() and not (path / "members").is_dir():
         what = "has no finished training" if (path / "run.yaml").is_file() else "is no run"
         raise UserError(
@@ -180,16 +181,3 @@ def training_history(run: Path) -> pd.DataFrame:
 def run_manifest(run: Path) -> dict[str, Any]:
     """Read the manifest of a finished run."""
     return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{name!r} is neither a directory nor a model that can be fetched from the hub: "
-            f"{type(error).__name__}. Check the path, or the hub id and the connection."
-        ) from error

@@ -228,12 +228,12 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
     model_config = system.config_class(**config.model, **fitted)
     probe = system(model_config)  # refuses settings that do not fit before anything is written
     extras = open_training_extras(probe, config, data, windows)
-    trunk = extras.statistics(probe, windows, windows.sites(data.genes.iloc[rows]))
+    trunk = extras.fit_trunk(probe, windows, windows.sites(data.genes.iloc[rows]))
 
     def build(_: int) -> System:
         model = system(model_config)
         if trunk is not None:
-            model.fit_trunk(*trunk)
+            model.take_trunk(trunk)
         return model
 
     return Task(config, data, windows, features, extras, build, _save)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -112,6 +112,22 @@ def settings_of(config_class: type[SystemConfig]) -> list[str]:
     return [name for name in names if name not in inherited and name not in derived]
 
 
+class TrunkStatistics(NamedTuple):
+    """Channels of a trunk over training windows, each [C].
+
+    Attributes
+    ----------
+    mean
+        Of the features as they are.
+    read_mean, read_sd
+        Mean and standard deviation of what a system makes of them before it normalises.
+    """
+
+    mean: torch.Tensor
+    read_mean: torch.Tensor
+    read_sd: torch.Tensor
+
+
 class System(PreTrainedModel):
     """A system: ``encode`` says what the site says, the head turns it into expression.
 
@@ -184,8 +200,12 @@ class System(PreTrainedModel):
                     module.eval()
         return self
 
-    def fit_trunk(self, mean: torch.Tensor, sd: torch.Tensor) -> None:
-        """Take statistics [C] of the channels of a trunk over training windows."""
+    def read_trunk(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn features of a trunk [B, N, C] into what is normalised [B, N', C]."""
+        return features
+
+    def take_trunk(self, found: TrunkStatistics) -> None:
+        """Take what the channels of a trunk are like over training windows."""
 
     def thaw(self) -> None:
         """Make ready for full fine-tuning: let parts train that are usually frozen."""

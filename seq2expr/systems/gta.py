@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from seq2expr.errors import UserError
-from seq2expr.model.alignment import Alignment
+from seq2expr.model.alignment import Alignment, compress
 from seq2expr.model.batch import Batch, Encoded
 from seq2expr.model.language import (
     LanguageModel,
@@ -41,7 +41,7 @@ from seq2expr.model.language import (
 )
 from seq2expr.model.layers import PlainAttention
 from seq2expr.model.readout import BinPool, Readout
-from seq2expr.model.system import System, SystemConfig
+from seq2expr.model.system import System, SystemConfig, TrunkStatistics
 from seq2expr.model.trunks import build_trunk, resolve_trunk
 
 _CHOICES = {
@@ -171,7 +171,6 @@ class GTA(System):
 
     config_class = GTAConfig
     whole: ClassVar[tuple[str, ...]] = ("head", "profile_head", "align", "readout", "last")
-
     has_profiles: ClassVar[bool] = False
 
     def __init__(self, config: GTAConfig):
@@ -300,11 +299,16 @@ class GTA(System):
         if self.last is not None:
             nn.init.normal_(self.last.weight, std=float(scale))
 
-    def fit_trunk(self, mean: Tensor, sd: Tensor) -> None:
-        """Take mean and standard deviation [C] of the trunk's channels over training windows."""
-        self.trunk_mean.copy_(mean)
+    def read_trunk(self, features: Tensor) -> Tensor:
+        """Pool features of the trunk [B, N, C] to what the alignment reads [B, N', C]."""
+        bins = self.pool(features)
+        return compress(bins) if self.config.log1p else bins
+
+    def take_trunk(self, found: TrunkStatistics) -> None:
+        """Keep the mean of the trunk's channels, and normalise by their statistics if asked."""
+        self.trunk_mean.copy_(found.mean)
         if self.align is not None and self.config.norm == "standard":
-            self.align.fit_norm(mean, sd)
+            self.align.fit_norm(found.read_mean, found.read_sd)
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -426,13 +430,12 @@ def _leave_out_others(
     system: GTA, state: dict[str, Any], prefix: str, _: Mapping[str, Any]
 ) -> None:
     """Take out of a state dict the weights that belong to others: they are loaded by name."""
-    others = {} if system.trunk.stored else {"trunk.": system.trunk}
+    others = [] if system.trunk.stored else ["trunk."]
     if system.language is not None and system.config.llm_config is None:
-        others["language."] = system.language
-    for part in others:
-        for name in [name for name in state if name.startswith(prefix + part)]:
-            if not _is_added(name):
-                del state[name]
+        others.append("language.")
+    for name in list(state):
+        if name.startswith(tuple(prefix + part for part in others)) and not _is_added(name):
+            del state[name]
 
 
 def _is_added(name: str) -> bool:

@@ -15,7 +15,7 @@ from seq2expr.errors import UserError
 from seq2expr.learn.adapters import add_adapter, save_adapter
 from seq2expr.model.batch import Batch
 from seq2expr.model.run_trunk import RunTrunk
-from seq2expr.model.system import System
+from seq2expr.model.system import System, TrunkStatistics
 from tests.llms import write_llm
 from tests.toy import TRACKS, sharp_llm, toy_batch, toy_llm, toy_system, toy_trunk
 
@@ -420,7 +420,7 @@ def teach():
         rows, held = planted(512, seed=0), planted(256, seed=1)
         system = gta(llm=str(sharp_llm()), **PLANTED, **settings).train()
         bins = rows.trunk.flatten(0, 1)
-        system.fit_trunk(bins.mean(0), bins.std(0))
+        system.take_trunk(TrunkStatistics(bins.mean(0), bins.mean(0), bins.std(0)))
         weights = list(learned(system).values())
         optimiser = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
         torch.manual_seed(0)

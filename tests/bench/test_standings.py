@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from seq2expr.bench.standings import Entry, TestGenes, rank, scores
 from seq2expr.learn.metrics import across_genes
-from seq2expr.learn.standings import Entry, TestGenes, rank, scores
 
 N, N_BOOT = 40, 60
 IDS = [f"g{i}" for i in range(N)]

@@ -13,15 +13,15 @@ import pytest
 import scipy.stats
 from sklearn.linear_model import Ridge
 
-import seq2expr.learn.jobs as jobs_module
+import seq2expr.bench.jobs as jobs_module
+from seq2expr.bench.classical import kmer_ridge
+from seq2expr.bench.grid import lay_out
+from seq2expr.bench.jobs import Job, carry_out
+from seq2expr.bench.page import dots
+from seq2expr.bench.protocol import load_protocol
+from seq2expr.bench.run import Benchmark, benchmark
 from seq2expr.errors import UserError
-from seq2expr.learn.benchmark import Benchmark, benchmark
-from seq2expr.learn.benchmark_page import dots
-from seq2expr.learn.classical import kmer_ridge
 from seq2expr.learn.controls import ALPHAS, kmer_counts
-from seq2expr.learn.grid import lay_out
-from seq2expr.learn.jobs import Job, carry_out
-from seq2expr.learn.protocol import load_protocol
 from seq2expr.learn.runs import run_config
 from seq2expr.yamlfile import format_yaml, parse_yaml
 from tests.runs import TARGET

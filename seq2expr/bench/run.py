@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
+from seq2expr.bench.classical import MISSING
+from seq2expr.bench.grid import Grid, controls_of, lay_out, run_of
+from seq2expr.bench.jobs import Job, carry_out
+from seq2expr.bench.protocol import Protocol, load_protocol
+from seq2expr.bench.standings import Entry, rank, scores
 from seq2expr.config import read_yaml
 from seq2expr.errors import UserError
-from seq2expr.learn.classical import MISSING
-from seq2expr.learn.grid import Grid, controls_of, lay_out, run_of
-from seq2expr.learn.jobs import Job, carry_out
-from seq2expr.learn.protocol import Protocol, load_protocol
-from seq2expr.learn.standings import Entry, rank, scores
 from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.plot import save
 from seq2expr.store import write_text
@@ -41,9 +41,9 @@ class Benchmark:
     grid
         What that was on the data set.
     table
-        Rows × subsets (see :func:`seq2expr.learn.standings.rank`).
+        Rows × subsets (see :func:`seq2expr.bench.standings.rank`).
     scores
-        Every seed, fold, target and metric (see :func:`seq2expr.learn.standings.scores`).
+        Every seed, fold, target and metric (see :func:`seq2expr.bench.standings.scores`).
     failed
         ``name`` and ``reason`` of the runs that failed.
     missing
@@ -102,14 +102,14 @@ def benchmark(
     ----------
     protocol
         A path, or the name of an installed protocol (see
-        :class:`seq2expr.learn.protocol.Protocol`).
+        :class:`seq2expr.bench.protocol.Protocol`).
     data, root
         Data configuration, and what its paths are relative to.
     systems
         Rows of the table, by default all that are shown; what they need is trained too.
     overrides
         ``key=value`` texts for the settings of the protocol (see
-        :func:`seq2expr.learn.protocol.load_protocol`).
+        :func:`seq2expr.bench.protocol.load_protocol`).
     jobs
         Runs at a time; more than one share the cores.
     out
@@ -239,7 +239,7 @@ def _parameters(run: Path) -> float:
 
 
 def _write(found: Benchmark) -> None:
-    from seq2expr.learn.benchmark_page import dots, write_report
+    from seq2expr.bench.page import dots, write_report
 
     write_tsv(found.out / "table.tsv", found.table)
     write_tsv(found.out / "scores.tsv", found.scores)

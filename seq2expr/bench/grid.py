@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from seq2expr.bench.jobs import Job
+from seq2expr.bench.protocol import CONTROL_FOLDER, Protocol
+from seq2expr.bench.standings import ALL, TestGenes
 from seq2expr.config import DataConfig, RunConfig, SplitSpec, TrainConfig, load_run_config
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, open_data
-from seq2expr.learn.jobs import Job
 from seq2expr.learn.labels import read_category
-from seq2expr.learn.protocol import CONTROL_FOLDER, Protocol
 from seq2expr.learn.splits import Split, folds
-from seq2expr.learn.standings import ALL, TestGenes
 from seq2expr.store import digest, file_digest
 
 _LABELS = (

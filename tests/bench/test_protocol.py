@@ -2,8 +2,8 @@
 
 import pytest
 
+from seq2expr.bench.protocol import load_protocol
 from seq2expr.errors import UserError
-from seq2expr.learn.protocol import load_protocol
 from seq2expr.yamlfile import format_yaml, parse_yaml
 
 ROWS = {
@@ -144,8 +144,8 @@ def test_the_installed_protocol_of_gta():
         *("own_name_masked", "status_masked"),
     }
     assert trained == ["trunk", "gta", *shown[2:]]
-    full = ['preset="small"', 'model.trunk="/t"', 'model.llm="m"']
+    full = ['preset="small"', "train.bf16=false", 'model.trunk="/t"', 'model.llm="m"']
     assert protocol.configuration("gta", {"trunk": "/t"}) == ("gta", full)
     for row in shown[2:]:  # one change each
         config, overrides = protocol.configuration(row, {"trunk": "/t"})
-        assert (config, overrides[:3], len(overrides)) == ("gta", full, 4)
+        assert (config, overrides[:4], len(overrides)) == ("gta", full, 5)

@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from seq2expr.learn.grid import by_fold
+from seq2expr.bench.grid import by_fold
 from seq2expr.plot import BLUE, GREY, INK, ORANGE, PALE, SMALL, plain, style_axes, wrapped
 from seq2expr.report import Report
 
 if TYPE_CHECKING:
-    from seq2expr.learn.benchmark import Benchmark
+    from seq2expr.bench.run import Benchmark
 
 
 def dots(table: pd.DataFrame, *, compare: str) -> Figure:
@@ -22,7 +22,7 @@ def dots(table: pd.DataFrame, *, compare: str) -> Figure:
     Parameters
     ----------
     table
-        As :func:`seq2expr.learn.standings.rank` gives it.
+        As :func:`seq2expr.bench.standings.rank` gives it.
     compare
         The row that the others are compared with; it is highlighted. What differs from it is
         filled, what does not is hollow.

@@ -14,11 +14,11 @@ from sklearn.model_selection import PredefinedSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from seq2expr.bench.protocol import KMER_RIDGE, ControlSpec
 from seq2expr.config import RunConfig
 from seq2expr.dna.windows import Windows
 from seq2expr.learn.controls import ALPHAS, kmer_counts
 from seq2expr.learn.dataset import open_data
-from seq2expr.learn.protocol import KMER_RIDGE, ControlSpec
 from seq2expr.learn.rivals import rivals
 from seq2expr.learn.source import Source
 from seq2expr.model.system import system_class

@@ -19,10 +19,10 @@ import filelock
 import pandas as pd
 import pydantic
 
+from seq2expr.bench.classical import fit_controls
+from seq2expr.bench.protocol import ControlSpec
 from seq2expr.config import RunConfig, Strict
 from seq2expr.errors import UserError
-from seq2expr.learn.classical import fit_controls
-from seq2expr.learn.protocol import ControlSpec
 from seq2expr.learn.source import Source
 from seq2expr.learn.train import train_run
 from seq2expr.model.system import SystemConfig

@@ -1,0 +1,1 @@
+"""A grid of runs over folds and seeds, scored together: which differences hold."""
