@@ -220,7 +220,8 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     if geometry.features is not None:
         features = FeatureScaler.from_dict(geometry.features).transform(data.features)
     before = run_config(_home(base)).data.targets
-    cache = config.adapter.part != "trunk"  # features of a trunk that is trained change
+    # Features of a trunk that is trained change, and members merged from such have their own.
+    cache = config.adapter.part != "trunk" and _share_trunk(config, members)
     renewed = None
     if fitted["targets"] != geometry.targets or before != config.data.targets:
         renewed = type(geometry).from_dict(geometry.to_dict() | fitted)
@@ -234,6 +235,13 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
         save=partial(_save, config.adapter.base),
         bases=[{"path": str(place), "weights": weights_digest(place)} for place in members],
     )
+
+
+def _share_trunk(config: RunConfig, members: Sequence[Path]) -> bool:
+    """Tell whether all members of a base read the same trunk, if any."""
+    kind = system_class(config.system).config_class
+    trunks = [getattr(kind.from_pretrained(place), "trunk", None) for place in members]
+    return len({trunk and trunk["identity"] for trunk in trunks}) == 1
 
 
 def _build(

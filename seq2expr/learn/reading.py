@@ -142,14 +142,17 @@ def open_extras(
     if "text" in system.needs:
         prompts = _open_prompts(system, texts, genes)
         system.check_text(prompts.longest)
-    trunk = getattr(system, "trunk", None)
-    cached = cache and trunk is not None and system.vectors > 0 and not _has_adapter(trunk)
-    return Extras(prompts, TrunkCache(trunk) if cached else None)
+    trunks = [getattr(member, "trunk", None) for member in members_in(model)]
+    cached = cache and _share_features(trunks) and system.vectors > 0
+    return Extras(prompts, TrunkCache(trunks[0]) if cached else None)
 
 
-def _has_adapter(trunk: Trunk) -> bool:
-    """Tell whether peft changed the trunk, whose features are then not those of its identity."""
-    return any(hasattr(module, "_active_adapter") for module in trunk.modules())
+def _share_features(trunks: Sequence[Trunk | None]) -> bool:
+    """Tell whether members have one trunk, whose features are those of its identity."""
+    if None in trunks or len({trunk.identity for trunk in trunks}) > 1:
+        return False
+    # An adapter of peft changes features and leaves the identity as it is.
+    return not any(hasattr(part, "_active_adapter") for t in trunks for part in t.modules())
 
 
 def _open_prompts(system: System, paths: Sequence[Path], genes: pd.DataFrame) -> PromptTokens:

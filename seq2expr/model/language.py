@@ -409,7 +409,8 @@ def _absent(name: str, error: Exception) -> UserError:
         )
     return UserError(
         f"The language model {name!r} cannot be loaded ({_first_line(error)}). Give a directory "
-        f"of a transformers model, or download it where there is a connection: hf download {name}."
+        "of a transformers model, or download it where there is a connection: hf download NAME. "
+        "Where a run names a directory that was moved, change `llm` in its config.json."
     )
 
 

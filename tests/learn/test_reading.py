@@ -278,15 +278,17 @@ def test_an_adapter_carries_what_reads_and_can_be_merged(
     tune, answer, base, tmp_path, monkeypatch, kind, overrides, parts
 ):
     out = tune(tmp_path / "adapter", kind, *overrides)
-    names = [name.removeprefix("base_model.model.") for name in carried(out)]
-    assert {name.partition(".")[0] for name in names} == parts
+    stored = carried(out)
+    assert {name.split(".")[2] for name in stored} == parts
+    learned = {
+        name: value for name, value in stored.items() if "lora_B" in name or "ia3_l" in name
+    }
+    assert bool(learned) == (kind != "head")
+    assert all((v != (kind == "ia3")).any() for v in learned.values())
     roughen(out)
     table = answer(out)
     assert list(table.columns[5:]) == ["rna"]
     in_memory = PeftModel.from_pretrained(System.from_pretrained(base), out).eval()
-    added = {n: p for n, p in in_memory.named_parameters() if "lora_B" in n or "ia3_l" in n}
-    assert all((p != (1 if "ia3_l" in name else 0)).any() for name, p in added.items())
-    assert bool(added) == (kind != "head")
     model = load_run(out)
     for name, value in model.align.state_dict().items():
         other = in_memory.get_base_model().align.state_dict()[name]
@@ -294,7 +296,7 @@ def test_an_adapter_carries_what_reads_and_can_be_merged(
     monkeypatch.setitem(adapters.TOLERANCE, "bfloat16", 1.0)  # such weights are not learned
     merged = merge_adapter(out, tmp_path / "merged")
     assert merged.change["float32"] < 1e-5
-    np.testing.assert_allclose(answer(merged.out)["rna"], table["rna"], rtol=1e-4)
+    np.testing.assert_allclose(answer(merged.out)["rna"], table["rna"], rtol=1e-4, atol=1e-3)
     before, after = System.from_pretrained(base), System.from_pretrained(merged.out)
     assert (after.config.llm_config is not None) == ("language" in parts)
     assert (after.trunk.identity != before.trunk.identity) == ("trunk" in parts)

@@ -157,6 +157,20 @@ def test_new_weights_are_noticed():
     torch.testing.assert_close(model(vectors, ids, mask), expected, rtol=0, atol=1e-10)
 
 
+def test_the_table_of_words_is_kept_until_it_changes():
+    model, rows = make(dtype=torch.bfloat16), torch.tensor([3, 1])
+    with torch.inference_mode():
+        first = model.table(rows)
+    assert model.table(rows) is first
+    assert not first.is_inference()
+    assert torch.equal(first, model.words[[3, 1]].float())
+    assert not first.requires_grad
+    model.body.load_state_dict(make(seed=1).body.state_dict())
+    assert torch.equal(model.table(rows), model.words[[3, 1]].float())
+    assert not torch.equal(model.table(rows), first)
+    assert torch.equal(model.table(rows + 1), model.words[[4, 2]].float())
+
+
 def test_adapters_are_noticed_when_they_are_switched_and_merged(filled):
     model, (ids, mask) = make(), prompts(4, 6)
     vectors = vectors_for(ids)
