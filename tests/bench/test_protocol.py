@@ -144,8 +144,14 @@ def test_the_installed_protocol_of_gta():
         *("own_name_masked", "status_masked"),
     }
     assert trained == ["trunk", "gta", *shown[2:]]
-    full = ['preset="small"', "train.bf16=false", 'model.trunk="/t"', 'model.llm="m"']
+    full = [
+        'preset="small"',
+        "train.epochs=6",
+        "train.bf16=false",
+        'model.trunk="/t"',
+        'model.llm="m"',
+    ]
     assert protocol.configuration("gta", {"trunk": "/t"}) == ("gta", full)
     for row in shown[2:]:  # one change each
         config, overrides = protocol.configuration(row, {"trunk": "/t"})
-        assert (config, overrides[:4], len(overrides)) == ("gta", full, 5)
+        assert (config, overrides[:5], len(overrides)) == ("gta", full, 6)

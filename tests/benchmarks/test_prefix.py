@@ -5,6 +5,9 @@ Both passes are taken in turn and the best turn counts; filling the cache is tim
 GPU where there is one, in bfloat16; on a CPU in float32.
 """
 
+import ctypes
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -104,12 +107,22 @@ def _growth(run) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = _status("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier passes let go of would hide the growth
+    before, peak, done = _resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     run()
-    return _status("VmHWM") - before
+    done.set()
+    watcher.join()
+    return peak[0] - before
 
 
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+def _resident() -> float:
+    """Memory of the process in MiB (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
