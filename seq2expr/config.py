@@ -231,6 +231,9 @@ class AdapterConfig(Strict):
     targets
         Names, or last parts of names, of the Linear modules; by default all outside the heads
         with more than ``rank`` inputs and outputs.
+    head
+        Where a new target starts from: ``new``, an untrained head, or ``base``, the head of the
+        base for as many targets. The same target always keeps its head.
     part
         Of a system with frozen parts, the one that gets the adapter: ``language`` (the default)
         or ``trunk``.
@@ -242,6 +245,7 @@ class AdapterConfig(Strict):
     alpha: float = pydantic.Field(8.0, gt=0)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     targets: list[str] = []
+    head: Literal["new", "base"] = "new"
     part: str | None = None
 
 

@@ -55,7 +55,8 @@ def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int =
     random = torch.Generator().manual_seed(seed)
     keep = torch.ones(rows, width, dtype=torch.bool)
     keep[-1, -20:] = False
-    batch = Batch(
+    text_mask = torch.arange(6) >= torch.arange(rows).unsqueeze(1) % 4
+    return Batch(
         ids=[f"gene{row}" for row in range(rows)],
         codes=torch.randint(0, 5, (rows, width), generator=random, dtype=torch.uint8),
         signal=torch.rand(rows, len(TRACKS), width // bin_bp, generator=random) * 3,
@@ -64,11 +65,9 @@ def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int =
         features=torch.randn(rows, 2, generator=random),
         target=torch.randn(rows, len(TARGETS), generator=random),
         target_mask=torch.ones(rows, len(TARGETS), dtype=torch.bool),
+        text=torch.randint(3, VOCABULARY, (rows, 6), generator=random) * text_mask,
+        text_mask=text_mask,
     )
-    tokens = torch.randint(3, VOCABULARY, (rows, 6), generator=random)
-    batch["text_mask"] = torch.arange(6) >= torch.arange(rows).unsqueeze(1) % 4
-    batch["text"] = tokens * batch.text_mask
-    return batch
 
 
 def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> System:

@@ -64,12 +64,17 @@ def bin_occlusion(probe: Probe, settings: Settings) -> Scored:
 
 def check_bins(probe: Probe, settings: Settings) -> None:
     """Refuse systems that read no trunk, or whose members read different ones (``UserError``)."""
-    found = {system.trunk.identity for system in members_in(probe.model) if _has_bins(system)}
+    found = trunks_of(probe)
     if len(found) != 1:
         why = "has no trunk" if not found else "has members with different trunks"
         raise UserError(
             f"The run {why}, so there are no bins to score. Use ism, block or inputxgrad."
         )
+
+
+def trunks_of(probe: Probe) -> set[str]:
+    """Return the identities of the trunks whose bins the members read."""
+    return {system.trunk.identity for system in members_in(probe.model) if _has_bins(system)}
 
 
 def _has_bins(system: System) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seq2expr.errors import UserError
-from seq2expr.interpret.bins import bin_gradients, bin_occlusion, check_bins
+from seq2expr.interpret.bins import bin_gradients, bin_occlusion, check_bins, trunks_of
 from seq2expr.interpret.gradients import (
     deeplift,
     input_x_gradient,
@@ -116,18 +116,22 @@ def check_methods(names: list[str], probe: Probe, settings: Settings) -> None:
         Naming the methods that it can give, or the setting that does not fit.
     """
     answer = probe.reference()
-    able = [
-        name
-        for name, method in METHODS.items()
-        if method.field is None or answer.get(method.field) is not None
-    ]
+    able = [name for name, method in METHODS.items() if _fits(method, probe, answer)]
     for name in names:
         if name not in METHODS:
             raise UserError(f"Unknown method {name!r}; this run can give {', '.join(able)}.")
-        if name not in able:
+        method = METHODS[name]
+        if method.field is not None and name not in able:
             raise UserError(
-                f"This run has no {METHODS[name].field} of its own, so it cannot give {name!r}; "
+                f"This run has no {method.field} of its own, so it cannot give {name!r}; "
                 f"it can give {', '.join(able)}."
             )
-        if METHODS[name].check is not None:
-            METHODS[name].check(probe, settings)
+        if method.check is not None:
+            method.check(probe, settings)
+
+
+def _fits(method: Method, probe: Probe, answer: Prediction) -> bool:
+    """Whether the system can give it with some settings."""
+    if method.check is check_bins:
+        return len(trunks_of(probe)) == 1
+    return method.field is None or answer.get(method.field) is not None

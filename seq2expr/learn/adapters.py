@@ -153,11 +153,31 @@ def system_of(model: System | PeftModel) -> System:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def set_targets(model: System | PeftModel, config: SystemConfig) -> None:
-    """Give a model a new head, for the targets of another configuration."""
+def set_targets(model: System | PeftModel, config: SystemConfig, *, keep: bool = False) -> None:
+    """Give a model a new head, for the targets of another configuration.
+
+    With ``keep`` it starts as the head of the base: in standard deviations of the new targets.
+
+    Raises
+    ------
+    UserError
+        When it should be kept and the base has another number of targets.
+    """
     system = system_of(model)
+    known = len(system.config.targets)
     system.config = config
     head = system.make_head(system.head.d_in)
+    if keep:
+        if known != len(config.targets):
+            raise UserError(
+                f"adapter.head is base; the base has {known} target(s) and the data "
+                f"{len(config.targets)}. Name as many, or set adapter.head=new."
+            )
+        weights = system.head.state_dict()
+        inside = "original_module.net." if isinstance(model, PeftModel) else "net."
+        head.net.load_state_dict(
+            {k.removeprefix(inside): v for k, v in weights.items() if k.startswith(inside)}
+        )
     if isinstance(model, PeftModel):
         system.head.modules_to_save[model.active_adapter] = head
     else:

@@ -70,9 +70,9 @@ def finetune(
 
     Inputs stay those of the base: its tracks and features, their scaling, thresholds and the
     statistics of its batch norms. Split and targets are those of the data file. Targets that are
-    not the base's get a new head, scaled on the training genes; a profile head goes on training
-    where the data set has the same target tracks, and is kept as it is otherwise. Of an ensemble
-    every member is fine-tuned.
+    not the base's get a new head, scaled on the training genes (``adapter.head=base`` starts it
+    from the base's); a profile head goes on training where the data set has the same target
+    tracks, and is kept as it is otherwise. Of an ensemble every member is fine-tuned.
 
     The same call on the same directory goes on where an interrupted one stopped.
 
@@ -254,7 +254,7 @@ def _build(
     if settings.kind != "full":
         model = add_adapter(system, settings)
     if renewed is not None:
-        set_targets(model, renewed)
+        set_targets(model, renewed, keep=settings.head == "base")
     if settings.kind == "full":
         system.frozen_statistics = True
         system.thaw()  # which notes in the configuration what a checkpoint must hold

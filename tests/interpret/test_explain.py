@@ -302,6 +302,8 @@ def test_any_system_says_which_methods_it_has():
             f"This run has no {field} of its own, so it cannot give {name!r}; it can give "
             f"{everything}."
         )
+    with pytest.raises(UserError, match="The run has no trunk, so there are no bins to score"):
+        check_methods(["bingrad"], probe_of(plain(), window(120)), QUICK)
 
 
 def test_attention_is_there_where_positions_are_pooled_by_it():

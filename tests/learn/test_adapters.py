@@ -151,6 +151,21 @@ def test_peft_alone_loads_an_adapter_with_the_head_of_other_targets(kind, tmp_pa
         assert torch.equal(answer(again), answer(toy_system()))
 
 
+@pytest.mark.parametrize("kind", ["lora", None])
+def test_a_new_target_can_start_from_the_head_of_the_base(kind):
+    base = toy_system()
+    model = toy_system() if kind is None else add_adapter(toy_system(), settings(kind))
+    renamed = {"targets": ["a", "b"], "target_mean": [1.0, 2.0], "target_sd": [3.0, 4.0]}
+    config = type(model.config).from_dict(base.config.to_dict() | renamed)
+    set_targets(model, config, keep=True)
+    standard = (answer(base) - base.head.mean) / base.head.sd
+    moved = standard * torch.tensor([3.0, 4.0]) + torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(answer(model), moved)
+    fewer = type(config).from_dict(config.to_dict() | {"targets": ["a"]})
+    with pytest.raises(UserError, match=r"head is base; the base has 2 target.* and the data 1"):
+        set_targets(model, fewer, keep=True)
+
+
 def test_the_files_of_an_adapter_are_the_same_every_time(tmp_path):
     for name in ("one", "two"):
         torch.manual_seed(0)

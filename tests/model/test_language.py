@@ -362,8 +362,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/nowhere/llm", r"'/nowhere/llm' cannot be loaded .* Give a directory"),
-        ("nobody/nothing", r"'nobody/nothing' cannot be loaded .*hf download nobody/nothing"),
+        ("/nowhere/llm", r"'/nowhere/llm' cannot be loaded .* Give a directory .* change `llm`"),
+        ("nobody/nothing", r"'nobody/nothing' cannot be loaded .*: hf download NAME\."),
     ],
 )
 def test_a_model_that_is_not_there_says_what_to_do(name, message, monkeypatch):
