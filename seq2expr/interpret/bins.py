@@ -31,11 +31,10 @@ def bin_gradients(probe: Probe, settings: Settings) -> Scored:
             baseline, observed, steps[start : start + probe.batch_size].view(-1, 1, 1)
         ).requires_grad_()
         with torch.enable_grad():
-            answer = _answer(probe, path)
+            answer = probe.predict(_codes(probe, path), trunk=path).mean[:, probe.target]
             total += torch.autograd.grad(answer.sum(), path)[0].sum(0)
     scores = ((observed - baseline) * total / len(steps)).sum(-1)
-    with torch.inference_mode():
-        gap = _answer(probe, observed[None]) - _answer(probe, baseline[None])
+    gap = _answers(probe, observed[None]) - _answers(probe, baseline[None])
     delta = (scores.sum() - gap).abs() / gap.abs().clamp_min(1e-9)
     return Scored.converged(_on_window(probe, scores), float(delta), settings)
 
@@ -52,12 +51,7 @@ def bin_occlusion(probe: Probe, settings: Settings) -> Scored:
         copies = observed.repeat(len(observed), 1, 1)
         for place in range(len(observed)):
             copies[place, place : place + width] = baseline[place : place + width]
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(copies), probe.batch_size):
-                parts.append(_answer(probe, copies[start : start + probe.batch_size]))
-            whole = _answer(probe, observed[None])
-        drops.append(whole - torch.cat(parts))
+        drops.append(_answers(probe, observed[None]) - _answers(probe, copies))
     one, two = (_on_window(probe, drop) for drop in drops)
     return Scored.stable(one, two, settings)
 
@@ -70,6 +64,11 @@ def check_bins(probe: Probe, settings: Settings) -> None:
         raise UserError(
             f"The run {why}, so there are no bins to score. Use ism, block or inputxgrad."
         )
+
+
+def has_bins(probe: Probe) -> bool:
+    """Tell whether there are bins to score: those of one trunk."""
+    return len(trunks_of(probe)) == 1
 
 
 def trunks_of(probe: Probe) -> set[str]:
@@ -90,9 +89,13 @@ def _features(probe: Probe) -> tuple[Tensor, Tensor]:
     return observed, system.trunk_mean.to(observed).expand_as(observed).clone()
 
 
-def _answer(probe: Probe, features: Tensor) -> Tensor:
-    codes = probe.codes.expand(len(features), -1)
-    return probe.predict(codes, trunk=features).mean[:, probe.target]
+def _answers(probe: Probe, features: Tensor) -> Tensor:
+    """Predicted target for features of the bins [B, N, C], without gradients."""
+    return probe.answers(_codes(probe, features), trunk=features)
+
+
+def _codes(probe: Probe, features: Tensor) -> Tensor:
+    return probe.codes.expand(len(features), -1)
 
 
 def _on_window(probe: Probe, values: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seq2expr.errors import UserError
-from seq2expr.interpret.bins import bin_gradients, bin_occlusion, check_bins, trunks_of
+from seq2expr.interpret.bins import bin_gradients, bin_occlusion, check_bins, has_bins
 from seq2expr.interpret.gradients import (
     deeplift,
     input_x_gradient,
@@ -44,6 +44,8 @@ class Method(NamedTuple):
         Scores are already those of elements; scores of single bases are smoothed first.
     one_pass
         Takes a pass or two, so that many null windows can be afforded.
+    able
+        Tells whether a model can give it, where that does not follow from ``field``.
     check
         Refuses, before any work, settings and windows with which it cannot be done.
     """
@@ -53,6 +55,7 @@ class Method(NamedTuple):
     field: str | None = None
     element_wide: bool = False
     one_pass: bool = False
+    able: Callable[[Probe], bool] | None = None
     check: Callable[[Probe, Settings], object] | None = None
 
 
@@ -90,13 +93,17 @@ METHODS: Mapping[str, Method] = {
     "bingrad": Method(
         bin_gradients,
         "gradients at the bins of the trunk",
-        None,
-        True,
-        True,
-        check_bins,
+        element_wide=True,
+        one_pass=True,
+        able=has_bins,
+        check=check_bins,
     ),
     "binocclusion": Method(
-        bin_occlusion, "bins of the trunk hidden", element_wide=True, check=check_bins
+        bin_occlusion,
+        "bins of the trunk hidden",
+        element_wide=True,
+        able=has_bins,
+        check=check_bins,
     ),
     "attention": Method(_own("attention"), "attention of the pooling", "attention", True, True),
 }
@@ -132,6 +139,6 @@ def check_methods(names: list[str], probe: Probe, settings: Settings) -> None:
 
 def _fits(method: Method, probe: Probe, answer: Prediction) -> bool:
     """Whether the system can give it with some settings."""
-    if method.check is check_bins:
-        return len(trunks_of(probe)) == 1
+    if method.able is not None:
+        return method.able(probe)
     return method.field is None or answer.get(method.field) is not None

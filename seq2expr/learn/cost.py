@@ -10,6 +10,7 @@ from seq2expr.learn.adapters import system_of
 from seq2expr.learn.dataset import GeneCollator, gene_rows
 from seq2expr.learn.train import Task, training_rows
 from seq2expr.model.batch import Batch, fields_on
+from seq2expr.model.system import is_added
 
 
 class Cost(NamedTuple):
@@ -52,7 +53,7 @@ def measure(task: Task) -> Cost:
     whole = set(system_of(model).whole)
     head = sum(count for name, count in trained if whole & set(name.split(".")))
     adapter = sum(count for _, count in trained) - head
-    base = sum(p.numel() for name, p in named if not _is_added(name))
+    base = sum(p.numel() for name, p in named if not is_added(name))
     in_use = sum(p.numel() for name, p in named if "original_module" not in name.split("."))
     counts = {"adapter": adapter, "head": head, "base": base, "total": in_use}
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
@@ -69,11 +70,6 @@ def measure(task: Task) -> Cost:
     copies = 3 + (task.config.train.average > 0)
     states = copies * sum(p.nbytes for _, p in named if p.requires_grad)
     return Cost(counts, weights + states + kept, seconds)
-
-
-def _is_added(name: str) -> bool:
-    added = ("lora_", "ia3_", "modules_to_save")
-    return any(part.startswith(added) for part in name.split("."))
 
 
 def _step(model: nn.Module, batch: Batch, *, bf16: bool) -> int:

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
+from seq2expr.text.tokens import left_padded
 
 _MIB = 2**20
 
@@ -117,8 +118,7 @@ class LanguageModel(nn.Module):
         self.check_length(ids.shape[1], length)
         vectors = vectors.to(self.body.dtype)
         mask = torch.cat([mask, mask.new_ones(rows, length)], dim=1)
-        # Positions count real tokens, so that padding changes nothing (also for learned ones).
-        places = mask.long().cumsum(1).sub(1).clamp_min(0)
+        places = _places(mask)
         known = {"attention_mask": mask.long(), "use_cache": False}
         prefix = ids.shape[1]
         if prefix and self.can_cache:
@@ -201,19 +201,13 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def _prefill(self, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Compute keys and values of prompts: of each [layers, 2, heads, tokens, head width]."""
-        device = self.body.device
-        longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens, device=device)
-            mask[row, longest - len(tokens) :] = 1
-        places = mask.cumsum(1).sub(1).clamp_min(0)
+        ids, mask = (values.to(self.body.device) for values in left_padded(rows))
+        longest = ids.shape[1]
         cache = DynamicCache(config=self.body.config)
         self.body(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=places,
+            attention_mask=mask.long(),
+            position_ids=_places(mask),
             past_key_values=cache,
             use_cache=True,
         )
@@ -253,6 +247,11 @@ class PrefixCache(OrderedDict):
 
     def __deepcopy__(self, _: Any) -> "PrefixCache":
         return PrefixCache(self._limit)  # a copy of the model fills its own
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Count the real tokens before each [B, T], so that padding moves no position."""
+    return mask.long().cumsum(1).sub(1).clamp_min(0)
 
 
 def _join(parts: Sequence[Tensor], length: int) -> DynamicCache:

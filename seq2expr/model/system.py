@@ -83,6 +83,11 @@ class SystemConfig(PreTrainedConfig):
     profile_weight: float = 1.0
     profile_readout: bool = False
 
+    @property
+    def anchor(self) -> int:
+        """Index of the TSS in the window."""
+        return self.width // 2 if self.tss_index is None else self.tss_index
+
 
 FITTED = (
     "tracks",
@@ -337,6 +342,12 @@ def members_of(run: Path) -> list[Path]:
     if not folder.is_dir():
         return [run]
     return sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name))
+
+
+def is_added(name: str) -> bool:
+    """Tell by its name whether a weight is one that peft added to a model."""
+    added = ("lora_", "ia3_", "modules_to_save")
+    return any(part.startswith(added) for part in name.split("."))
 
 
 def members_in(model: System | Ensemble) -> list[System]:

@@ -41,7 +41,7 @@ from seq2expr.model.language import (
 )
 from seq2expr.model.layers import PlainAttention
 from seq2expr.model.readout import BinPool, Readout
-from seq2expr.model.system import System, SystemConfig, TrunkStatistics
+from seq2expr.model.system import System, SystemConfig, TrunkStatistics, is_added
 from seq2expr.model.trunks import build_trunk, resolve_trunk
 
 _CHOICES = {
@@ -419,11 +419,9 @@ class GTA(System):
 
     def _spread(self, weights: Tensor) -> Tensor:
         """Bring weights of pooled bins [B, N'] to the bins of the whole window [B, P]."""
-        config = self.config
         sizes = torch.tensor([b - a for a, b in self.pool.intervals], device=weights.device)
         even = (weights / sizes).repeat_interleave(sizes, dim=1)
-        anchor = config.width // 2 if config.tss_index is None else config.tss_index
-        return self.trunk.layout.on_window(even, config.width, anchor)
+        return self.trunk.layout.on_window(even, self.config.width, self.config.anchor)
 
 
 def _leave_out_others(
@@ -434,13 +432,8 @@ def _leave_out_others(
     if system.language is not None and system.config.llm_config is None:
         others.append("language.")
     for name in list(state):
-        if name.startswith(tuple(prefix + part for part in others)) and not _is_added(name):
+        if name.startswith(tuple(prefix + part for part in others)) and not is_added(name):
             del state[name]
-
-
-def _is_added(name: str) -> bool:
-    """Tell the weights of an adapter from those that it adapts."""
-    return "lora_" in name or "ia3_" in name
 
 
 SYSTEM = GTA

@@ -251,8 +251,7 @@ class Seq2Exp(System):
     def promoter(self) -> slice:
         """The forced promoter, as base indices of the window."""
         config = self.config
-        anchor = config.width // 2 if config.tss_index is None else config.tss_index
-        start = max(anchor - config.promoter_bp // 2, 0)
+        start = max(config.anchor - config.promoter_bp // 2, 0)
         return slice(start, min(start + config.promoter_bp, config.width))
 
     def encode(self, batch: Batch) -> Encoded:

@@ -103,14 +103,18 @@ class PromptTokens:
 
     def padded(self, gene_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids int64 [B, T], padded on the left, and bool [B, T] where they count."""
-        rows = [self.ids[gene_id] for gene_id in gene_ids]
-        longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)
-        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for row, tokens in enumerate(rows):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, longest - len(tokens) :] = True
-        return ids, mask
+        return left_padded([self.ids[gene_id] for gene_id in gene_ids])
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Stack token ids as int64 [B, T], zeros on the left, and bool [B, T] where they count."""
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, longest - len(tokens) :] = True
+    return ids, mask
 
 
 def tokenise(
