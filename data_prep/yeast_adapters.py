@@ -19,7 +19,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from seq2expr.config import DataConfig, merge, parse_run_config, read_yaml
+from seq2expr.config import merge, parse_run_config, read_yaml
 from seq2expr.learn import bootstrap
 from seq2expr.learn.dataset import GeneData, data_files, open_data
 from seq2expr.learn.finetune import finetune
@@ -28,9 +28,10 @@ from seq2expr.learn.metrics import across_genes
 from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run, run_config, run_manifest, training_history
 from seq2expr.learn.tables import write_tsv
-from seq2expr.learn.train import train
 from seq2expr.plot import GREY, INK, NORMAL, PALETTE, legend_beside, save, style_axes
+from seq2expr.schema import DataConfig
 from seq2expr.store import write_text
+from seq2expr.verbs import train
 from seq2expr.yamlfile import format_yaml
 
 

@@ -19,8 +19,8 @@ from seq2expr.learn.dataset import data_files, open_data
 from seq2expr.learn.metrics import across_genes
 from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run, run_config
-from seq2expr.learn.train import train
 from seq2expr.plot import INK, NORMAL, PALETTE, SMALL, save, style_axes
+from seq2expr.verbs import train
 
 FULL = "all bases"
 """The unmasked predictor, for comparison."""

@@ -27,7 +27,7 @@ _PUBLIC = {
     "merge_adapter": "seq2expr.learn.adapters",
     "predict": "seq2expr.learn.predict",
     "read_gtf": "seq2expr.dna.genes",
-    "train": "seq2expr.learn.train",
+    "train": "seq2expr.verbs",
 }
 
 __all__ = sorted(_PUBLIC)

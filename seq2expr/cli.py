@@ -86,7 +86,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a system on genome, annotation, tracks and expression."""
-    from seq2expr.learn.train import train
+    from seq2expr.verbs import train
 
     run = train(config, data=data, root=root or Path(), overrides=overrides or (), out=out)
     _say(

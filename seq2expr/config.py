@@ -10,155 +10,15 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 from seq2expr.errors import UserError
+from seq2expr.schema import DataConfig, SpotDataConfig, Strict
 from seq2expr.yamlfile import YAMLError, format_yaml, parse_yaml
 
-
-class Strict(pydantic.BaseModel):
-    """A section of a configuration: unknown keys are refused, values are not changed later."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-
 S = TypeVar("S", bound=Strict)
-
-
-class TrackSpec(Strict):
-    """One assay: an unstranded bigWig, or one bigWig per strand.
-
-    Parameters
-    ----------
-    path
-        The bigWig, relative to the data root.
-    plus, minus
-        Instead of ``path`` for base-level targets: the bigWig of each strand, which become a
-        sense and an antisense channel.
-    scale
-        Divisor of the stored values; by default fitted to the largest.
-    """
-
-    path: str | None = None
-    plus: str | None = None
-    minus: str | None = None
-    scale: float | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _one_form(self) -> "TrackSpec":
-        stranded = self.plus is not None and self.minus is not None
-        if (self.path is not None) == stranded or (self.plus is None) != (self.minus is None):
-            raise ValueError("give either path, or plus and minus")
-        return self
-
-
-class TargetSpec(Strict):
-    """One gene-level target, computed from columns of the expression table.
-
-    Parameters
-    ----------
-    columns
-        Columns whose mean over the non-empty cells is taken.
-    transform
-        Applied to the mean m: ``none`` m, ``log1p`` ln(1 + m), ``log2p1`` log2(1 + m),
-        ``log10p1`` log10(1 + m).
-    weight
-        Weight of the target in the loss.
-    """
-
-    columns: list[str] = pydantic.Field(min_length=1)
-    transform: Literal["none", "log1p", "log2p1", "log10p1"] = "none"
-    weight: float = 1.0
-
-
-class CategorySpec(Strict):
-    """A category per gene, used as a control and to report subsets; never an input.
-
-    Parameters
-    ----------
-    path
-        Tab-separated table, relative to the data root.
-    id, value
-        Column of the gene id and of the category: names, or 1-based numbers without a header.
-    report
-        Values for which every metric is given again, on the genes of that value alone.
-    """
-
-    path: str
-    id: str | int
-    value: str | int
-    report: list[str] = []
-
-
-class FeatureSpec(Strict):
-    """Per-gene features beside the window.
-
-    Parameters
-    ----------
-    computed
-        Groups computed from GTF and genome (see :mod:`seq2expr.dna.features`).
-    table
-        A table with ``gene_id`` and numeric columns, relative to the data root.
-    """
-
-    computed: list[Literal["lengths", "gc", "codons", "neighbours", "repeats"]] = []
-    table: str | None = None
-
-
-class SplitSpec(Strict):
-    """Which chromosomes are held out; all others train."""
-
-    test: list[str] = []
-    valid: list[str] = []
-    allow_leaky: bool = False
-
-
-class DataConfig(Strict):
-    """The data set: inputs, labels and split (``data:`` of a run).
-
-    Paths are relative to the data root. ``tracks`` lists inputs only; ``target_tracks`` are
-    base-level labels and never accepted as inputs; ``text`` lists tables of gene descriptions.
-    """
-
-    name: str
-    genome: str
-    gtf: str
-    tracks: dict[str, TrackSpec] = {}
-    target_tracks: dict[str, TrackSpec] = {}
-    expression: str
-    targets: dict[str, TargetSpec] = pydantic.Field(min_length=1)
-    features: FeatureSpec = FeatureSpec()
-    contacts: str | None = None
-    blacklist: str | None = None
-    text: list[str] = []
-    tss_rule: str = "gene"
-    tss: str | None = None
-    chrom_map: str | None = None
-    biotypes: list[str] = []
-    exclude_chroms: list[str] = []
-    dtype: Literal["float16", "float32"] = "float16"
-    split: SplitSpec = SplitSpec()
-    paralogues: CategorySpec | None = None
-    categories: dict[str, CategorySpec] = {}
-
-    @pydantic.field_validator("tracks", "target_tracks", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
-        return value
-
-    @pydantic.model_validator(mode="after")
-    def _apart(self) -> "DataConfig":
-        both = sorted(set(self.tracks) & set(self.target_tracks))
-        if both:
-            raise ValueError(f"{both[0]!r} is an input and a target track; it can be only one")
-        stranded = [name for name, track in self.tracks.items() if track.path is None]
-        if stranded:
-            raise ValueError(f"input track {stranded[0]!r} needs a path (one bigWig)")
-        return self
 
 
 class TrainConfig(Strict):
@@ -184,11 +44,13 @@ class TrainConfig(Strict):
         Largest random shift of a training window, in bp.
     reverse_complement
         Probability with which a training window is read from the other strand, with its tracks.
+    dihedral
+        Turn and flip training patches at random (eight ways).
     members
         Number of models with consecutive seeds; more than one makes an ensemble.
     rotate_valid
         Give each member other validation chromosomes (drawn from the training chromosomes by
-        gene number), so that together they see all of them.
+        gene number), so that together they see all of them. (Sections always rotate.)
     seed
         Seed of the first member.
     """
@@ -201,13 +63,14 @@ class TrainConfig(Strict):
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
     scheduler: str = "cosine"
-    scheduler_settings: dict[str, float] = {}
+    scheduler_settings: dict[str, float] = pydantic.Field(default_factory=dict)
     patience: int = pydantic.Field(10, ge=1)
     average: float = pydantic.Field(0.0, ge=0, lt=1)
     bf16: bool = False
     compile: bool = False
     jitter_bp: int = pydantic.Field(0, ge=0)
     reverse_complement: float = pydantic.Field(0.0, ge=0, le=1)
+    dihedral: bool = False
     members: int = pydantic.Field(1, ge=1)
     rotate_valid: bool = False
     seed: int = 0
@@ -244,9 +107,24 @@ class AdapterConfig(Strict):
     rank: int = pydantic.Field(4, ge=1)
     alpha: float = pydantic.Field(8.0, gt=0)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
-    targets: list[str] = []
+    targets: list[str] = pydantic.Field(default_factory=list)
     head: Literal["new", "base"] = "new"
     part: str | None = None
+
+
+def _kind_of_data(tree: Any) -> str:
+    spots = isinstance(tree, SpotDataConfig) or (isinstance(tree, Mapping) and "slides" in tree)
+    return "spots" if spots else "genes"
+
+
+AnyData = Annotated[
+    Annotated[DataConfig, pydantic.Tag("genes")]
+    | Annotated[SpotDataConfig, pydantic.Tag("spots")],
+    pydantic.Discriminator(_kind_of_data),
+]
+"""A data set of genes, or of slides."""
+
+_DATA = {"genes": DataConfig, "spots": SpotDataConfig}
 
 
 class RunConfig(Strict):
@@ -263,7 +141,7 @@ class RunConfig(Strict):
     train
         Training settings.
     data
-        The data set.
+        The data set: of genes, or (with ``slides``) of spots.
     controls
         Also train the twins (promoter-only, unmasked) that ``evaluate`` reads.
     adapter
@@ -272,9 +150,9 @@ class RunConfig(Strict):
 
     system: str
     preset: str = "default"
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = pydantic.Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
-    data: DataConfig
+    data: AnyData
     controls: bool = False
     adapter: AdapterConfig | None = None
 
@@ -437,9 +315,10 @@ def _assign(tree: dict[str, Any], text: str) -> None:
 
 
 def _first_problem(error: pydantic.ValidationError, kind: type[Strict] = RunConfig) -> str:
-    problems = error.errors()
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    first = error.errors()[0]
+    # The tag of a union stands in the path, but not in the file.
+    path = tuple(p for n, p in enumerate(first["loc"]) if not (n == 1 and p in _DATA))
+    where = ".".join(str(part) for part in path) or "the file"
     if first["type"] == "extra_forbidden":
         section = _section(kind, first["loc"][:-1])
         allowed = f" Known keys there: {', '.join(section)}." if section else ""
@@ -453,8 +332,8 @@ def _section(kind: type[Strict], path: Sequence[str | int]) -> list[str]:
     """Return the keys that the section at ``path`` knows (empty inside named entries)."""
     model: Any = kind
     for part in path:
-        field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, Strict)):
-            return []
-    return list(model.model_fields)
+        field = getattr(model, "model_fields", {}).get(part)
+        model = _DATA.get(part) if field is None else field.annotation
+    return (
+        list(model.model_fields) if isinstance(model, type) and issubclass(model, Strict) else []
+    )

@@ -24,11 +24,11 @@ from seq2expr.learn.predict import predict
 from seq2expr.learn.predictor import open_predictor
 from seq2expr.learn.runs import load_run, run_config, training_history
 from seq2expr.learn.tables import write_tsv
-from seq2expr.learn.train import train
 from seq2expr.plot import controls_bars, precision_recall, save, scatter_predicted, training_curve
 from seq2expr.report import Report
 from seq2expr.simulate import KINDS, SimulationSettings, read_elements, simulate
 from seq2expr.store import write_text
+from seq2expr.verbs import train
 
 CONFIG = "demo"
 """Installed configuration of the demo's model."""

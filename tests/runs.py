@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from seq2expr.learn.predict import Predictions, predict
-from seq2expr.learn.train import train
 from seq2expr.simulate import Simulation, SimulationSettings, simulate
+from seq2expr.verbs import train
 
 TINY = """
 system: seq2exp

@@ -206,7 +206,7 @@ def test_transformers_draws_no_bars_where_nobody_watches(call, world, predict, t
 
 
 def test_a_defect_of_ours_ends_with_1_and_names_debug(predict, monkeypatch):
-    monkeypatch.setattr("seq2expr.learn.predict._check_ids", lambda *_: 1 / 0)
+    monkeypatch.setattr("seq2expr.learn.predict.check_ids", lambda *_: 1 / 0)
     answer = predict()
     assert answer.code == 1
     assert answer.err.splitlines()[-1] == (

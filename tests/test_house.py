@@ -36,12 +36,24 @@ def test_systems_know_nothing_above_the_model():
 
 
 def test_no_layer_imports_a_higher_one():
-    order = ["bench", "interpret", "learn", "systems", "model", "text", "dna"]
+    order = [
+        "bench",
+        "verbs",
+        "interpret",
+        "spots",
+        "learn",
+        "systems",
+        "model",
+        "text",
+        "image",
+        "dna",
+    ]
     for rank, folder in enumerate(order):
         higher = tuple(
             f"seq2expr.{name}" for name in [*order[:rank], "cli", "registry", "showcase"]
         )
-        for path in (ROOT / "seq2expr" / folder).glob("*.py"):
+        place = ROOT / "seq2expr" / folder
+        for path in [*place.glob("*.py"), *place.parent.glob(f"{folder}.py")]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom):
                     assert not (node.module or "").startswith(higher), f"{path}: {node.module}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from seq2expr.learn import predict as predict_module
+from seq2expr.learn import chunks
 from tests.runs import same_weights
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +31,10 @@ DRIVER = """
 import functools, json, os, pkgutil, signal, sys
 import torch
 from seq2expr import cli
-from seq2expr.learn import evaluate, predict, train
+from seq2expr.learn import chunks, evaluate, predict, train
 
 torch.set_num_threads(1)
-predict._CHUNK = int(sys.argv[1])
+chunks.CHUNK = int(sys.argv[1])
 
 
 def die_at(name, count):
@@ -69,7 +69,7 @@ VICTIMS = {
     "in the first epoch": ("seq2expr.learn.trainer:SystemTrainer.training_step", 2, []),
     "while a checkpoint is written": ("seq2expr.learn.trainer:torch.save", 6, []),
     "before the weights are published": ("seq2expr.learn.train:System.save_pretrained", 3, []),
-    "before the manifest": ("seq2expr.learn.train.finish_run", 1, []),
+    "before the manifest": ("seq2expr.learn.task.finish_run", 1, []),
     "in the second member": ("seq2expr.learn.trainer:SystemTrainer.training_step", 15, ENSEMBLE),
     "after the last patience": ("seq2expr.learn.trainer:SystemTrainer._load_best_model", 1, WILD),
     "with patience left": ("seq2expr.learn.trainer:SystemTrainer._save_checkpoint", 4, WILD),
@@ -172,7 +172,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(world, scene, whole, n
 def test_a_killed_prediction_goes_on_where_it_stopped(
     world, trained, scene, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(predict_module, "_CHUNK", CHUNK)
+    monkeypatch.setattr(chunks, "CHUNK", CHUNK)
     out = scene / "expr.tsv"
     parts = scene / "expr.tsv.parts"
     assert not out.exists()

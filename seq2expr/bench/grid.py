@@ -16,11 +16,12 @@ import pandas as pd
 from seq2expr.bench.jobs import Job
 from seq2expr.bench.protocol import CONTROL_FOLDER, Protocol
 from seq2expr.bench.standings import ALL, TestGenes
-from seq2expr.config import DataConfig, RunConfig, SplitSpec, TrainConfig, load_run_config
+from seq2expr.config import RunConfig, TrainConfig, load_run_config
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, open_data
 from seq2expr.learn.labels import read_category
 from seq2expr.learn.splits import Split, folds
+from seq2expr.schema import DataConfig, SplitSpec
 from seq2expr.store import digest, file_digest
 
 _LABELS = (

@@ -21,13 +21,14 @@ import pydantic
 
 from seq2expr.bench.classical import fit_controls
 from seq2expr.bench.protocol import ControlSpec
-from seq2expr.config import RunConfig, Strict
+from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.source import Source
-from seq2expr.learn.train import train_run
-from seq2expr.model.system import SystemConfig
+from seq2expr.model.window_system import WindowConfig
 from seq2expr.progress import progress
+from seq2expr.schema import Strict
 from seq2expr.store import publish, write_text
+from seq2expr.verbs import train_run
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Job(Strict):
 
     def _train_and_predict(self) -> pd.DataFrame:
         run = train_run(self.config, self.root, self.run)
-        source = Source(run, self.config, self.config.data, self.root, None, SystemConfig())
+        source = Source(run, self.config, self.config.data, self.root, None, WindowConfig())
         predicted = source.predict(run, self.genes)
         return predicted[["gene_id", *self.config.data.targets]]
 

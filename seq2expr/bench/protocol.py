@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import pydantic
 
-from seq2expr.config import Strict, checked, merge, parse_overrides, read_yaml
+from seq2expr.config import checked, merge, parse_overrides, read_yaml
 from seq2expr.errors import UserError
 from seq2expr.learn.controls import CONTROLS
 from seq2expr.learn.metrics import ACROSS_GENES
+from seq2expr.schema import Strict
 
 KMER_RIDGE = "kmer_ridge"
 KNOWN_CONTROLS = (*CONTROLS, KMER_RIDGE)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pydantic
 
-from seq2expr.config import Strict
+from seq2expr.schema import Strict
 
 
 class Settings(Strict):

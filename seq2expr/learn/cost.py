@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from seq2expr.learn.adapters import system_of
-from seq2expr.learn.dataset import GeneCollator, gene_rows
-from seq2expr.learn.train import Task, training_rows
+from seq2expr.learn.task import Task
 from seq2expr.model.batch import Batch, fields_on
 from seq2expr.model.system import is_added
 
@@ -35,7 +34,7 @@ class Cost(NamedTuple):
         """Say it in one line."""
         kind, train = task.config.adapter.kind, task.config.train
         n = self.parameters
-        steps = -(-len(training_rows(task.config, task.data)) // train.batch_size)
+        steps = -(-task.material.trial(0)[1] // train.batch_size)
         minutes = self.step * steps * train.epochs * train.members / 60
         return (
             f"{kind}: trains {n['adapter']:,} parameters outside the head "
@@ -57,9 +56,8 @@ def measure(task: Task) -> Cost:
     in_use = sum(p.numel() for name, p in named if "original_module" not in name.split("."))
     counts = {"adapter": adapter, "head": head, "base": base, "total": in_use}
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    rows = training_rows(task.config, task.data)[: task.config.train.batch_size]
-    table = gene_rows(task.data, rows, task.windows, task.features)
-    batch = GeneCollator(task.windows, task.extras)(list(table))
+    table, _ = task.material.trial(task.config.train.batch_size)
+    batch = task.material.collator(None)(list(table))
     with torch.random.fork_rng():
         _step(model, batch, bf16=task.config.train.bf16)  # the first is slower
         begin = time.perf_counter()

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from seq2expr.config import DataConfig
 from seq2expr.dna.inputs import DnaFiles, DnaInputs
 from seq2expr.dna.windows import Sites, Windows
 from seq2expr.errors import UserError
@@ -18,6 +17,7 @@ from seq2expr.learn.labels import gene_targets, read_category, read_expression
 from seq2expr.learn.reading import NO_EXTRAS, Extras, to_batch
 from seq2expr.learn.splits import Split, apply_groups, chromosome_split
 from seq2expr.model.batch import Batch
+from seq2expr.schema import DataConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from seq2expr.config import TargetSpec
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_expression
 from seq2expr.learn.metrics import Metric, across_genes, paired_difference
@@ -18,6 +17,7 @@ from seq2expr.learn.predictor import GENE_COLUMNS
 from seq2expr.learn.rivals import Rivals, rivals
 from seq2expr.learn.source import Source, open_source
 from seq2expr.learn.tables import check_out, write_table
+from seq2expr.schema import TargetSpec
 from seq2expr.store import publish
 
 MODEL = "model"

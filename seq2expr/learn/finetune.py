@@ -13,8 +13,6 @@ from peft import PeftModel
 
 from seq2expr.config import (
     AdapterKind,
-    DataConfig,
-    FeatureSpec,
     RunConfig,
     merge,
     parse_overrides,
@@ -41,14 +39,16 @@ from seq2expr.learn.runs import (
     run_config,
 )
 from seq2expr.learn.seen import check_unseen, home_of
+from seq2expr.learn.task import Task, train_members
 from seq2expr.learn.train import (
-    Task,
+    GeneMaterial,
     fit_targets,
     open_training_extras,
     open_windows,
-    train_members,
 )
-from seq2expr.model.system import System, SystemConfig, members_of, system_class
+from seq2expr.model.system import System, members_of, system_class
+from seq2expr.model.window_system import WindowConfig
+from seq2expr.schema import DataConfig, FeatureSpec
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +178,11 @@ def _configure(
     return config.model_copy(update={"data": _as_base(config.data, _geometry(config, base), root)})
 
 
-def _geometry(config: RunConfig, base: Path) -> SystemConfig:
+def _geometry(config: RunConfig, base: Path) -> WindowConfig:
     return system_class(config.system).config_class.from_pretrained(members_of(base)[0])
 
 
-def _as_base(data: DataConfig, geometry: SystemConfig, root: Path) -> DataConfig:
+def _as_base(data: DataConfig, geometry: WindowConfig, root: Path) -> DataConfig:
     """Reduce a data set to the inputs that the base reads."""
     wanted = list(geometry.tracks or [])
     given = [*data.tracks, *(["contacts"] if data.contacts else [])]
@@ -225,12 +225,10 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     renewed = None
     if fitted["targets"] != geometry.targets or before != config.data.targets:
         renewed = type(geometry).from_dict(geometry.to_dict() | fitted)
+    extras = open_training_extras(load_base(members[0]), config, data, windows, cache=cache)
     return Task(
         config=config,
-        data=data,
-        windows=windows,
-        features=features,
-        extras=open_training_extras(load_base(members[0]), config, data, windows, cache=cache),
+        material=GeneMaterial(config, data, windows, features, extras),
         build=partial(_build, members, config, renewed),
         save=partial(_save, config.adapter.base),
         bases=[{"path": str(place), "weights": weights_digest(place)} for place in members],
@@ -245,7 +243,7 @@ def _share_trunk(config: RunConfig, members: Sequence[Path]) -> bool:
 
 
 def _build(
-    members: Sequence[Path], config: RunConfig, renewed: SystemConfig | None, member: int
+    members: Sequence[Path], config: RunConfig, renewed: WindowConfig | None, member: int
 ) -> System | PeftModel:
     """Load a member of the base and make ready what is trained of it."""
     settings = config.adapter

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from seq2expr.config import CategorySpec, TargetSpec
 from seq2expr.dna.genes import unversioned
 from seq2expr.errors import UserError
+from seq2expr.schema import CategorySpec, TargetSpec
 
 _TRANSFORMS = {
     "none": lambda values: values,

@@ -1,30 +1,22 @@
 """Predict expression for a gene list: raw files and a run in, a table out.
 
-Genes are worked off in fixed chunks. A chunk is written as soon as it is done, so an interrupted
-prediction goes on where it stopped; processes share the chunks, so one or many give the same
-table; and only a chunk is ever in memory.
+Genes are worked off in fixed chunks (see :mod:`seq2expr.learn.chunks`).
 """
 
-import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import torch
-from accelerate import PartialState
 
+from seq2expr.learn.chunks import check_ids, in_chunks
 from seq2expr.learn.predictor import Predictor, open_request
 from seq2expr.learn.tables import check_out, write_skipped, write_table
-from seq2expr.progress import progress
-from seq2expr.store import publish, write_text
+from seq2expr.store import publish
 
 ENDINGS = (".tsv", ".tsv.gz", ".parquet")
 """What the name of a prediction table may end in."""
-
-_CHUNK = 256
 
 
 class Predictions(NamedTuple):
@@ -130,44 +122,14 @@ def predict(
 def _write(
     predictor: Predictor, genes: pd.DataFrame, skipped: pd.DataFrame, target: Path, request: str
 ) -> pd.DataFrame | None:
-    """Predict chunk by chunk into ``<out>.parts`` and join the chunks at the end."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    parts = target.with_name(target.name + ".parts")
-    chunks = range(0, len(genes), _CHUNK)
-    with state.main_process_first():
-        if state.is_main_process:
-            _claim(parts, request)
-    mine = list(chunks)[state.process_index :: state.num_processes]
-    for start in progress(mine, what="predict", unit=f"x{_CHUNK} genes"):
-        place = parts / f"{start}.parquet"
-        if not place.is_file():
-            rows = genes.iloc[start : start + _CHUNK]
-            table = pd.concat(predictor.tables(rows), ignore_index=True)
-            publish(place, lambda path, table=table: table.to_parquet(path))
-    state.wait_for_everyone()
-    table = None
-    if state.is_main_process:
-        table = pd.concat(
-            [pd.read_parquet(parts / f"{start}.parquet") for start in chunks], ignore_index=True
-        )
-        _check_ids(table, genes)
+    """Predict chunk by chunk, and write the table."""
+
+    def make(rows: slice) -> pd.DataFrame:
+        return pd.concat(predictor.tables(genes.iloc[rows]), ignore_index=True)
+
+    def finish(table: pd.DataFrame) -> None:
+        check_ids(table["gene_id"].tolist(), genes["gene_id"].tolist())
         publish(target, lambda path: write_table(table, path, kind=target.name))
         write_skipped(target, skipped)
-        shutil.rmtree(parts)
-    state.wait_for_everyone()
-    return table
 
-
-def _claim(parts: Path, request: str) -> None:
-    """Take over the chunks of the same request; remove those of another."""
-    stamp = parts / "request.json"
-    if stamp.is_file() and json.loads(stamp.read_text())["request"] == request:
-        return
-    shutil.rmtree(parts, ignore_errors=True)
-    write_text(stamp, json.dumps({"request": request}))
-
-
-def _check_ids(table: pd.DataFrame, genes: pd.DataFrame) -> None:
-    """Refuse a table with a missing, foreign or repeated id (a defect of ours, exit code 1)."""
-    if table["gene_id"].tolist() != genes["gene_id"].tolist():
-        raise RuntimeError("the predicted ids are not the requested ones")
+    return in_chunks(len(genes), make, out=target, request=request, finish=finish, unit="genes")

@@ -17,7 +17,8 @@ from seq2expr.errors import UserError
 from seq2expr.learn.reading import NO_EXTRAS, Extras, open_extras, to_batch
 from seq2expr.learn.runs import find_run, load_run
 from seq2expr.model.batch import Batch, Prediction, fields_on
-from seq2expr.model.system import Ensemble, System, SystemConfig, members_in
+from seq2expr.model.system import Ensemble, System, members_in
+from seq2expr.model.window_system import WindowConfig
 from seq2expr.store import digest, file_digest
 
 GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "tss", "strand"]
@@ -124,7 +125,7 @@ def open_predictor(
     UserError
         When files do not fit, or the model reads a feature table and none is given.
     """
-    config: SystemConfig = model.config
+    config: WindowConfig = model.config
     inputs = DnaInputs(files, bin_bp=config.bin_bp, dtype=config.track_dtype, verify=verify)
     windows = inputs.windows(
         width=config.width, tss_index=config.tss_index, stranded=config.stranded
@@ -143,7 +144,7 @@ def open_predictor(
     return Predictor(model, inputs, windows, features, batch_size, extras)
 
 
-def _check_features(config: SystemConfig, files: DnaFiles) -> None:
+def _check_features(config: WindowConfig, files: DnaFiles) -> None:
     """Refuse to impute a whole table of features that was an input in training."""
     if files.features is None and config.feature_table:
         names = ", ".join(config.feature_table[:5])

@@ -13,8 +13,9 @@ from seq2expr.errors import UserError
 from seq2expr.learn.trunk_cache import TrunkCache
 from seq2expr.model.batch import Batch
 from seq2expr.model.language import open_tokenizer
-from seq2expr.model.system import Ensemble, System, TrunkStatistics, members_in
+from seq2expr.model.system import Ensemble, System, members_in
 from seq2expr.model.trunks import Trunk
+from seq2expr.model.window_system import TrunkStatistics
 from seq2expr.text.tables import read_texts
 from seq2expr.text.tokens import PromptSettings, PromptTokens, tokenise
 

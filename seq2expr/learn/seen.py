@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from seq2expr.config import DataConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import run_config, run_manifest
+from seq2expr.schema import DataConfig
 from seq2expr.store import file_digest
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from seq2expr.config import DataConfig, RunConfig, parse_run_config, read_yaml
+from seq2expr.config import RunConfig, parse_run_config, read_yaml
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, data_split, open_data
 from seq2expr.learn.predictor import match_tracks, open_predictor
 from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
-from seq2expr.model.system import Ensemble, System, SystemConfig
+from seq2expr.model.system import Ensemble, System
+from seq2expr.model.window_system import WindowConfig
 from seq2expr.progress import progress
+from seq2expr.schema import DataConfig
 
 _BATCH = 32
 
@@ -44,7 +46,7 @@ class Source:
     data: DataConfig | None
     root: Path
     opened: GeneData | None
-    geometry: SystemConfig
+    geometry: WindowConfig
 
     def seen_chromosomes(self) -> set[str]:
         """Chromosomes whose genes the run or the controls were trained or validated on."""
@@ -106,7 +108,7 @@ def open_source(
     folder = Path(root or ".")
     if root is None and data is None and place and (place / "manifest.json").is_file():
         folder = Path(run_manifest(place)["root"])
-    geometry = load_run(place).config if place else SystemConfig()
+    geometry = load_run(place).config if place else WindowConfig()
     opened = None
     # A table can be scored where the run's data has moved away; data that was named must be there.
     if chosen is not None and (data is not None or (folder / chosen.genome).is_file()):

@@ -1,78 +1,36 @@
 """Train a system from raw files: open the data, fit scalers, train members, save the run."""
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
+from datasets import Dataset
 from torch import nn
 
-from seq2expr.config import DataConfig, RunConfig, load_run_config
+from seq2expr.config import RunConfig
 from seq2expr.dna.features import FeatureScaler
 from seq2expr.dna.normalise import fit_signal
 from seq2expr.dna.windows import Windows
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneCollator, GeneData, gene_rows, open_data
 from seq2expr.learn.reading import Extras, open_extras
-from seq2expr.learn.runs import finish_run, is_finished, quiet, start_run
+from seq2expr.learn.runs import is_finished, quiet
 from seq2expr.learn.seen import check_unseen, home_of
 from seq2expr.learn.splits import folds
-from seq2expr.learn.trainer import fit
-from seq2expr.model.system import System, SystemConfig, check_settings, system_class
-from seq2expr.store import write_text
+from seq2expr.learn.task import MemberRows, Task, save_system, train_members
+from seq2expr.learn.trainer import score_first_target
+from seq2expr.model.system import System, check_settings, system_class
+from seq2expr.model.window_system import WindowConfig
+from seq2expr.schema import DataConfig
 
 log = logging.getLogger(__name__)
 
 _ROTATION = 8
 """With ``rotate_valid``, a member validates on about this fraction of the genes (one eighth)."""
-
-
-def train(
-    config: str | os.PathLike,
-    *,
-    out: str | os.PathLike,
-    data: str | os.PathLike | None = None,
-    root: str | os.PathLike = ".",
-    overrides: Sequence[str] = (),
-) -> Path:
-    """Train a system and write a run directory.
-
-    The same call on the same directory goes on where an interrupted one stopped, and returns at
-    once when the run is finished.
-
-    Parameters
-    ----------
-    config
-        System configuration: a path, or the name of an installed one.
-    out
-        Run directory.
-    data
-        Data configuration, likewise.
-    root
-        What relative paths of the data configuration start from.
-    overrides
-        ``key.sub=value`` texts.
-
-    Returns
-    -------
-    The run directory.
-
-    Raises
-    ------
-    UserError
-        On anything in the configuration or the files that does not fit.
-    """
-    return train_run(
-        load_run_config(config, data=data, overrides=overrides), Path(root), Path(out)
-    )
 
 
 def train_run(config: RunConfig, root: Path, out: Path) -> Path:
@@ -109,7 +67,7 @@ def _train_model(config: RunConfig, system: type[System], root: Path, out: Path)
     train_members(_prepare(config, system, data, windows), root, out, notes)
 
 
-def _check_trunk(geometry: SystemConfig, data: DataConfig, root: Path) -> bool:
+def _check_trunk(geometry: WindowConfig, data: DataConfig, root: Path) -> bool:
     """Refuse a trunk that was trained on the test chromosomes; tell whether one is allowed."""
     source = (getattr(geometry, "trunk", None) or {}).get("source")
     if source is None:
@@ -120,7 +78,7 @@ def _check_trunk(geometry: SystemConfig, data: DataConfig, root: Path) -> bool:
     return check_unseen(Path(source), data, root, what="trunk")
 
 
-def open_windows(data: DataConfig, root: Path, geometry: SystemConfig) -> tuple[GeneData, Windows]:
+def open_windows(data: DataConfig, root: Path, geometry: WindowConfig) -> tuple[GeneData, Windows]:
     """Open a data set, and its windows with the geometry of a model."""
     with PartialState().main_process_first():
         opened = open_data(data, root, bin_bp=geometry.bin_bp)
@@ -134,8 +92,8 @@ def open_windows(data: DataConfig, root: Path, geometry: SystemConfig) -> tuple[
 
 
 @dataclass(frozen=True)
-class Task:
-    """Everything that the members of a run share.
+class GeneMaterial:
+    """Genes with their windows (see :class:`seq2expr.learn.task.Material`).
 
     Parameters
     ----------
@@ -147,12 +105,6 @@ class Task:
         Scaled features of its genes, or None.
     extras
         What the system reads beside the windows.
-    build
-        Makes the model of a member, after the seeds were set.
-    save
-        Writes it into a directory.
-    bases
-        What each member started from, to be written beside it; empty where from nothing.
     """
 
     config: RunConfig
@@ -160,47 +112,61 @@ class Task:
     windows: Windows
     features: np.ndarray | None
     extras: Extras
-    build: Callable[[int], nn.Module]
-    save: Callable[[Any, Path], None]
-    bases: Sequence[Mapping[str, str]] = ()
+    score = staticmethod(score_first_target)
 
-
-def train_members(
-    task: Task, root: Path, out: Path, notes: Mapping[str, Any] | None = None
-) -> None:
-    """Train every member, and write what makes a directory a run.
-
-    Parameters
-    ----------
-    task
-        What is trained.
-    root
-        What paths of the data set are relative to.
-    out
-        The run directory.
-    notes
-        Further entries of the manifest.
-    """
-    config, data, state = task.config, task.data, PartialState()
-    if state.is_main_process:  # only now: a request that cannot be carried out leaves nothing
-        start_run(out, config)
-        if task.extras.prompts is not None:
-            task.extras.prompts.prompts.save(out / "prompts.parquet")
-    summaries = []
-    for member in range(config.train.members):
-        place = out if config.train.members == 1 else out / "members" / str(member)
-        summaries.append(_train_member(task, member, place, out / "checkpoints" / str(member)))
-    if state.is_main_process:
-        write_text(out / "metrics.json", json.dumps({"members": summaries}, indent=1) + "\n")
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        finish_run(
-            out,
-            root=root,
-            sources=data.inputs.files.sources() | _tables(config.data, root),
-            seed=config.train.seed,
-            notes={"genes": _counts(data, task.windows), "leaky": data.split.leaky}
-            | dict(notes or {}),
+    def rows(self, member: int) -> MemberRows:
+        """Return the genes of a member, and the chromosomes it validates on."""
+        train, valid, chroms = _member_rows(self.config, self.data, member)
+        return MemberRows(
+            self._table(train), self._table(valid), {"valid_chromosomes": list(chroms)}
         )
+
+    def trial(self, count: int) -> tuple[Dataset, int]:
+        """Return at most ``count`` training genes, and how many there are."""
+        rows = training_rows(self.config, self.data)
+        return self._table(rows[:count]), len(rows)
+
+    def collator(self, seed: int | None) -> GeneCollator:
+        """Return what cuts the windows of a batch."""
+        if seed is None:
+            return GeneCollator(self.windows, self.extras)
+        train = self.config.train
+        return GeneCollator(
+            self.windows, self.extras, train.jitter_bp, train.reverse_complement, seed=seed
+        )
+
+    def before(self, model: nn.Module, member: int) -> None:
+        """Nothing: what is fitted on training windows is in the configuration."""
+
+    def settle(self, model: nn.Module, member: int) -> None:
+        """Nothing: the weights say it all."""
+
+    def write(self, out: Path) -> None:
+        """Write the prompts, where there are any."""
+        if self.extras.prompts is not None:
+            self.extras.prompts.prompts.save(out / "prompts.parquet")
+
+    def sources(self, root: Path) -> dict[str, Path]:
+        """Return the files of the inputs, and the tables of labels."""
+        data = self.config.data
+        tables = {"expression": data.expression}
+        tables |= {"paralogues": data.paralogues.path} if data.paralogues else {}
+        labels = {role: root / path for role, path in tables.items()}
+        return self.data.inputs.files.sources() | labels
+
+    def notes(self) -> dict[str, Any]:
+        """Return the genes by part, and what was left out or cut at chromosome ends."""
+        data, padded = self.data, self.windows.padded(self.windows.sites(self.data.genes))
+        genes = {
+            "by_part": {str(k): int(v) for k, v in data.part.value_counts().items()},
+            "windows_past_a_chromosome_end": int(padded.sum()),
+            "masked_target_cells": int(data.targets.isna().to_numpy().sum()),
+            "left_out": dict(data.left_out),
+        }
+        return {"genes": genes, "leaky": data.split.leaky}
+
+    def _table(self, rows: np.ndarray) -> Dataset:
+        return gene_rows(self.data, rows, self.windows, self.features)
 
 
 def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: Windows) -> Task:
@@ -236,7 +202,8 @@ def _prepare(config: RunConfig, system: type[System], data: GeneData, windows: W
             model.take_trunk(trunk)
         return model
 
-    return Task(config, data, windows, features, extras, build, _save)
+    material = GeneMaterial(config, data, windows, features, extras)
+    return Task(config, material, build, save_system)
 
 
 def open_training_extras(
@@ -267,10 +234,6 @@ def open_training_extras(
     if extras.prompts is not None and PartialState().is_main_process:
         log.info("%s", extras.prompts.describe())
     return extras
-
-
-def _save(model: System, place: Path) -> None:
-    model.save_pretrained(place)
 
 
 def fit_targets(config: RunConfig, data: GeneData) -> dict[str, Any]:
@@ -316,49 +279,6 @@ def _check_labels(config: RunConfig, data: GeneData, rows: np.ndarray) -> None:
             )
 
 
-@quiet()
-def _train_member(task: Task, member: int, place: Path, checkpoints: Path) -> dict[str, Any]:
-    """Train one member, or read its summary where it is done."""
-    summary = place / "member.json"
-    if summary.is_file():
-        return json.loads(summary.read_text(encoding="utf-8"))
-    config = task.config.train
-    seed = config.seed + member
-    train_rows, valid_rows, valid = _member_rows(task.config, task.data, member)
-    transformers.set_seed(seed)
-    model = task.build(member)
-    plain = GeneCollator(task.windows, task.extras)
-    history = fit(
-        model,
-        train=gene_rows(task.data, train_rows, task.windows, task.features),
-        valid=gene_rows(task.data, valid_rows, task.windows, task.features),
-        collator=GeneCollator(
-            task.windows, task.extras, config.jitter_bp, config.reverse_complement, seed=seed
-        ),
-        plain=plain,
-        config=config,
-        seed=seed,
-        checkpoints=checkpoints,
-    )
-    found = {
-        "seed": seed,
-        "valid_chromosomes": valid,
-        "n_train": len(train_rows),
-        "n_valid": len(valid_rows),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **({"base": task.bases[member]} if task.bases else {}),
-        # The last entry sums up the training loss since the last interruption.
-        "history": [_readable(entry) for entry in history if "train_loss" not in entry],
-    }
-    if PartialState().is_main_process:
-        task.save(model, place)
-        write_text(summary, json.dumps(found, indent=1) + "\n")
-        best = min((e["eval_mse"] for e in history if "eval_mse" in e), default=float("nan"))
-        log.info("Member %d (seed %d): validation MSE %.4f.", member, seed, best)
-    PartialState().wait_for_everyone()
-    return found
-
-
 def training_rows(config: RunConfig, data: GeneData) -> np.ndarray:
     """Genes that at least one member trains on."""
     return data.rows("train", "valid") if config.train.rotate_valid else data.rows("train")
@@ -378,26 +298,3 @@ def _member_rows(
     valid = list(folds(counts, n_folds=n_folds, n_valid_share=0.1, seed=0)[member % n_folds].test)
     held = chroms.isin(valid).to_numpy()
     return pool[~held], pool[held], valid
-
-
-def _readable(entry: dict[str, Any]) -> dict[str, Any]:
-    """Keep what does not depend on the speed of the machine, or on an interruption."""
-    timing = ("_runtime", "_per_second", "total_flos")
-    return {key: value for key, value in sorted(entry.items()) if not key.endswith(timing)}
-
-
-def _tables(data: DataConfig, root: Path) -> dict[str, Path]:
-    """Return the tables, beside the inputs, that decide what is trained on."""
-    groups = {"paralogues": data.paralogues.path} if data.paralogues else {}
-    return {role: root / path for role, path in {"expression": data.expression, **groups}.items()}
-
-
-def _counts(data: GeneData, windows: Windows) -> dict[str, Any]:
-    """Genes by part, and what was left out or cut at chromosome ends."""
-    padded = windows.padded(windows.sites(data.genes))
-    return {
-        "by_part": {str(k): int(v) for k, v in data.part.value_counts().items()},
-        "windows_past_a_chromosome_end": int(padded.sum()),
-        "masked_target_cells": int(data.targets.isna().to_numpy().sum()),
-        "left_out": dict(data.left_out),
-    }

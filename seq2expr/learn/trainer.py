@@ -4,9 +4,9 @@ import contextlib
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,12 +22,25 @@ from transformers import (
 )
 
 from seq2expr.config import TrainConfig
-from seq2expr.learn.dataset import GeneCollator
+from seq2expr.model.batch import Batch
 from seq2expr.progress import wants_progress
 from seq2expr.store import write_text
 
+Score = Callable[[transformers.EvalPrediction], dict[str, float]]
+"""Scores of the answers on validation rows by name, ``mse`` among them; predictions, and labels
+(targets, where there are any)."""
+
 _COMPLETE = "complete"
 _AVERAGE = "average.pt"
+
+
+class Collator(Protocol):
+    """Turns rows of a table into a batch; the trainer sets the epoch, a key of augmentation."""
+
+    epoch: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate rows."""
 
 
 class WeightAverage:
@@ -137,7 +150,7 @@ class SystemTrainer(transformers.Trainer):
 class _Housekeeping(TrainerCallback):
     """Tell the collator the epoch, average the weights, mark checkpoints that are complete."""
 
-    def __init__(self, collator: GeneCollator):
+    def __init__(self, collator: Collator):
         self._collator = collator
         self.average: WeightAverage | None = None
 
@@ -161,8 +174,9 @@ def fit(
     *,
     train: Dataset,
     valid: Dataset,
-    collator: GeneCollator,
-    plain: GeneCollator,
+    collator: Collator,
+    plain: Collator,
+    score: Score,
     config: TrainConfig,
     seed: int,
     checkpoints: Path,
@@ -174,9 +188,12 @@ def fit(
     model
         The system, or the system with an adapter around it.
     train, valid
-        Rows of each part; the epoch with the lowest validation error of the first target wins.
+        Rows of each part; the epoch with the lowest validation error wins, or with the lowest
+        loss where the system says so (``selects``).
     collator, plain
         With augmentation, for training; without, for validation.
+    score
+        Of the answers on validation rows.
     config
         Training settings.
     seed
@@ -194,11 +211,17 @@ def fit(
     trainer = SystemTrainer(
         model=model,
         decay=config.average,
-        args=_arguments(config, seed, checkpoints, epochs=_epochs(config, resume)),
+        args=_arguments(
+            config,
+            seed,
+            checkpoints,
+            epochs=_epochs(config, resume),
+            best=f"eval_{getattr(model, 'selects', 'mse')}",
+        ),
         data_collator=collator,
         train_dataset=train,
         eval_dataset=valid,
-        compute_metrics=_score_first_target,
+        compute_metrics=score,
         callbacks=[keeper, EarlyStoppingCallback(config.patience)],
     )
     keeper.average = trainer.average
@@ -212,7 +235,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         trainer.train(
             resume_from_checkpoint=str(resume) if resume else None,
-            ignore_keys_for_eval=["importance", "attention", "profile", "losses"],
+            ignore_keys_for_eval=["importance", "attention", "profile", "losses", "other"],
         )
     return trainer.state.log_history
 
@@ -245,7 +268,7 @@ def _epochs(config: TrainConfig, resume: Path | None) -> float:
 
 
 def _arguments(
-    config: TrainConfig, seed: int, checkpoints: Path, *, epochs: float
+    config: TrainConfig, seed: int, checkpoints: Path, *, epochs: float, best: str
 ) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
     processes = PartialState(cpu=cpu).num_processes
@@ -270,7 +293,7 @@ def _arguments(
         save_total_limit=2,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # the patience that is left
-        metric_for_best_model="eval_mse",
+        metric_for_best_model=best,
         greater_is_better=False,
         remove_unused_columns=False,
         label_names=["target", "target_mask"],
@@ -283,7 +306,7 @@ def _arguments(
     )
 
 
-def _with_collator(trainer: SystemTrainer, make: Any, collator: GeneCollator) -> Any:
+def _with_collator(trainer: SystemTrainer, make: Any, collator: Collator) -> Any:
     """Wrap a data-loader factory so that it uses another collator."""
 
     def loader(*args: Any, **kwargs: Any) -> Any:
@@ -296,8 +319,8 @@ def _with_collator(trainer: SystemTrainer, make: Any, collator: GeneCollator) ->
     return loader
 
 
-def _score_first_target(evaluation: transformers.EvalPrediction) -> dict[str, float]:
-    """Validation error and correlation of the first target."""
+def score_first_target(evaluation: transformers.EvalPrediction) -> dict[str, float]:
+    """Return error and correlation of the first target over genes."""
     predicted = evaluation.predictions
     predicted = predicted[0] if isinstance(predicted, tuple) else predicted
     truth, known = (values[:, 0] for values in evaluation.label_ids)

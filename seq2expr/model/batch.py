@@ -1,6 +1,7 @@
 """The types that flow through every system: Batch → Encoded → Prediction.
 
-Axes: B rows, L bases, S signal channels, K profile channels, F features, G targets, D width.
+Axes: B rows, L bases, S signal channels, K profile channels, F features, G targets, D width,
+P positions or tokens.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ class Batch(ModelOutput):
     Parameters
     ----------
     ids
-        Row identifiers (gene ids), length B.
+        Row identifiers (gene ids, or slide and spot), length B.
     codes
         uint8 [B, L]: A0 C1 G2 T3 N4, transcribed orientation; or float [B, L, 4], one-hot or
         relaxed, where a method of interpretation differentiates by the sequence.
@@ -39,8 +40,24 @@ class Batch(ModelOutput):
     text, text_mask
         Token ids of the prompts, int64 [B, T], padded on the left, and bool [B, T], where they
         count.
+    patch
+        Pixels around each spot, uint8 [B, H, W, 3]; or float in 0 to 255, where a method of
+        interpretation differentiates by the pixels.
+    spot_tokens
+        Features of a frozen image encoder, float32 [B, P, D]; ``None`` where the system computes
+        them from ``patch``.
+    expression
+        Measured expression of each spot as an input, float32 [B, G_in], in the units of its own
+        label card; in training and where keys are made, never for a prediction.
+    library_size
+        Counts of each spot over all measured genes, float32 [B].
+    slide
+        Number of the slide of each row, int64 [B].
+    xy_um, grid_xy
+        Place on the slide, float32 [B, 2] in µm from the centre of its spots, and int64 [B, 2] in
+        steps of the array.
     target
-        Gene-level targets, float32 [B, G] (0 where masked).
+        Targets, float32 [B, G] (0 where masked): of a gene, or one gene of a panel each.
     target_mask
         bool [B, G], False where the table has no value.
     """
@@ -56,6 +73,13 @@ class Batch(ModelOutput):
     trunk: torch.Tensor | None = None
     text: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
+    patch: torch.Tensor | None = None
+    spot_tokens: torch.Tensor | None = None
+    expression: torch.Tensor | None = None
+    library_size: torch.Tensor | None = None
+    slide: torch.Tensor | None = None
+    xy_um: torch.Tensor | None = None
+    grid_xy: torch.Tensor | None = None
     target: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
 
@@ -111,6 +135,9 @@ class Prediction(ModelOutput):
         Predicted base-level targets [B, K, P]: ln(1 + sum over the bases of each position).
     losses
         The named parts of ``loss``.
+    other
+        Further answers to the same question [B, G], by name: that of the head beside a
+        retrieval.
     """
 
     loss: torch.Tensor | None = None
@@ -119,3 +146,4 @@ class Prediction(ModelOutput):
     attention: torch.Tensor | None = None
     profile: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None
+    other: dict[str, torch.Tensor] | None = None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
 from seq2expr.model.hub import fetch_model
-from seq2expr.model.system import System, SystemConfig, members_of, system_class
+from seq2expr.model.system import System, members_of, system_class
 from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_kind
+from seq2expr.model.window_system import WindowConfig
 from seq2expr.store import file_digest
 
 
@@ -110,16 +111,16 @@ def _read_config(member: Path) -> dict[str, Any]:
     return config
 
 
-def _config(config: Mapping[str, Any]) -> SystemConfig:
+def _config(config: Mapping[str, Any]) -> WindowConfig:
     """Read what a ``config.json`` says; what it leaves out is at its default."""
     return system_class(config["model_type"]).config_class.from_dict(dict(config))
 
 
-def _build(config: SystemConfig) -> System:
+def _build(config: WindowConfig) -> System:
     return system_class(config.model_type)(config)
 
 
-def _positions_shape(config: SystemConfig, source: Path) -> tuple[int, int]:
+def _positions_shape(config: WindowConfig, source: Path) -> tuple[int, int]:
     """Number and width of the positions, by one window of N through untrained weights."""
     batch = Batch(codes=torch.full((1, config.width), 4, dtype=torch.uint8))
     if config.tracks:

@@ -88,7 +88,7 @@ class Trunk(nn.Module):
         The :class:`BinLayout`.
     window
         Geometry of the windows it reads: ``width tss_index bin_bp stranded tracks tss_rule
-        track_dtype``, as in :class:`seq2expr.model.system.SystemConfig`.
+        track_dtype``, as in :class:`seq2expr.model.window_system.WindowConfig`.
     identity
         Hash of the model, its weights and everything else that changes its features.
     """

@@ -41,8 +41,9 @@ from seq2expr.model.language import (
 )
 from seq2expr.model.layers import PlainAttention
 from seq2expr.model.readout import BinPool, Readout
-from seq2expr.model.system import System, SystemConfig, TrunkStatistics, is_added
+from seq2expr.model.system import is_added
 from seq2expr.model.trunks import build_trunk, resolve_trunk
+from seq2expr.model.window_system import TrunkStatistics, WindowConfig, WindowSystem
 
 _CHOICES = {
     "llm_weights": ("pretrained", "random"),
@@ -51,7 +52,7 @@ _CHOICES = {
 }
 
 
-class GTAConfig(SystemConfig):
+class GTAConfig(WindowConfig):
     """Configuration of GTA.
 
     Parameters
@@ -154,7 +155,7 @@ class GTAConfig(SystemConfig):
         return self.body != "none" and (self.prompt or {}).get("mode") != "none"
 
 
-class GTA(System):
+class GTA(WindowSystem):
     """Trunk, alignment, frozen language model, readout.
 
     Parameters

@@ -55,7 +55,7 @@ from seq2expr.model.layers import (
     resample,
     spread_bins,
 )
-from seq2expr.model.system import System, SystemConfig
+from seq2expr.model.window_system import WindowConfig, WindowSystem
 
 PUBLISHED = {
     "soft": {"floor": 1.0, "signal_scale": 10.0, "prior_mean": 0.1, "prior_scale": 10.0},
@@ -67,7 +67,7 @@ _PUBLISHED_TRACKS = {"thresholds": [1.5, 0.2, 1.0], "weights": [0.4, 0.4, 0.2]}
 """Thresholds and weights of H3K27ac, DNase and Hi-C in the published code."""
 
 
-class Seq2ExpConfig(SystemConfig):
+class Seq2ExpConfig(WindowConfig):
     """Configuration of Seq2Exp.
 
     Parameters
@@ -191,7 +191,7 @@ class Seq2ExpConfig(SystemConfig):
             raise UserError("A packed predictor pools the promoter; set promoter_bp above 0.")
 
 
-class Seq2Exp(System):
+class Seq2Exp(WindowSystem):
     """Generator, Beta mask, predictor.
 
     Parameters

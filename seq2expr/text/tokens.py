@@ -8,8 +8,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from seq2expr.config import Strict
 from seq2expr.errors import UserError
+from seq2expr.schema import Strict
 from seq2expr.text.prompts import Prompts, PromptTemplate, render_prompts
 from seq2expr.text.tables import GeneTexts
 

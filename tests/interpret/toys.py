@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from seq2expr.interpret.probe import Probe
 from seq2expr.model.batch import Batch, Encoded, Prediction
 from seq2expr.model.layers import one_hot
-from seq2expr.model.system import System, SystemConfig
+from seq2expr.model.window_system import WindowConfig, WindowSystem
 from tests.toy import toy_batch
 
 
@@ -50,12 +50,12 @@ def linear(weighted: Tensor) -> Tensor:
     return weighted.sum((1, 2))
 
 
-class Plain(System):
+class Plain(WindowSystem):
     """Another system: one convolution over the bases, and the mean over positions."""
 
-    config_class = SystemConfig
+    config_class = WindowConfig
 
-    def __init__(self, config: SystemConfig, *, activation: type[nn.Module] = nn.GELU):
+    def __init__(self, config: WindowConfig, *, activation: type[nn.Module] = nn.GELU):
         super().__init__(config)
         self.conv = nn.Conv1d(4, 6, 9, padding=4)
         self.activation = activation()
@@ -70,7 +70,7 @@ class Plain(System):
 def plain(width: int = 120, **settings: object) -> Plain:
     torch.manual_seed(0)
     head = {"hidden": 8, "depth": 1}
-    return Plain(SystemConfig(width=width, targets=["a", "b"], head=head, **settings)).eval()
+    return Plain(WindowConfig(width=width, targets=["a", "b"], head=head, **settings)).eval()
 
 
 def probe_of(model: nn.Module, row: Batch | None = None, **settings: object) -> Probe:

@@ -22,9 +22,9 @@ from seq2expr.learn.cost import Cost
 from seq2expr.learn.evaluate import evaluate
 from seq2expr.learn.finetune import ADAPTERS, finetune
 from seq2expr.learn.runs import load_run
-from seq2expr.learn.train import train
 from seq2expr.learn.trainer import SystemTrainer
 from seq2expr.model.system import Ensemble, System
+from seq2expr.verbs import train
 from tests.runs import TARGET, same_weights, weights
 from tests.toy import toy_batch, toy_system
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seq2expr.config import CategorySpec, TargetSpec
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_category, read_expression
+from seq2expr.schema import CategorySpec, TargetSpec
 
 TABLE = "gene\ta\tb\tname\nx\t1\t3\tX\ny\t\t7\tY\nz\t\t\tZ\nw\t0\t0\tW\n"
 

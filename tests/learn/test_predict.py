@@ -10,6 +10,7 @@ import pytest
 import seq2expr
 from seq2expr.dna.features import read_feature_table
 from seq2expr.errors import UserError
+from seq2expr.learn import chunks
 from seq2expr.learn import predict as predict_module
 from seq2expr.learn.predictor import GENE_COLUMNS, Predictor, open_request
 from tests.conftest import write_bigwig
@@ -28,7 +29,7 @@ def request_of(world, trained):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(predict_module, "_CHUNK", 8)
+    monkeypatch.setattr(chunks, "CHUNK", 8)
 
 
 @pytest.fixture
@@ -326,7 +327,7 @@ def test_two_inputs_of_one_path_are_told_apart_by_content(
 def _interrupt(call, out, *, keep):
     """Predict, but die before the chunks are joined, and lose all chunks but those of ``keep``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict_module, "_check_ids", lambda *_: 1 / 0)
+        patch.setattr(predict_module, "check_ids", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             call(out=out)
     assert not out.exists()

@@ -19,11 +19,12 @@ from seq2expr.learn.finetune import finetune
 from seq2expr.learn.predictor import open_request
 from seq2expr.learn.reading import SAMPLE, open_extras
 from seq2expr.learn.runs import load_run
-from seq2expr.learn.train import open_training_extras, open_windows, train
+from seq2expr.learn.train import open_training_extras, open_windows
 from seq2expr.learn.trunk_cache import TrunkCache
 from seq2expr.model.run_trunk import RunTrunk
 from seq2expr.model.system import System
 from seq2expr.text.prompts import Prompts
+from seq2expr.verbs import train
 from tests.learn.test_adapters import carried, roughen
 from tests.llms import write_llm
 from tests.runs import TARGET, same_weights, weights

@@ -7,17 +7,15 @@ from torch import nn
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch, Encoded
 from seq2expr.model.system import (
-    FITTED,
     Ensemble,
-    System,
-    SystemConfig,
     check_settings,
     settings_of,
     system_class,
 )
+from seq2expr.model.window_system import WindowConfig, WindowSystem
 
 
-class Counts(System):
+class Counts(WindowSystem):
     """Counts of the four bases, as the site; every base as a position."""
 
     def __init__(self, config, *, penalty=0.25):
@@ -31,7 +29,7 @@ class Counts(System):
 
 
 def config(**settings):
-    return SystemConfig(width=8, targets=["y"], head={"kind": "linear"}, **settings)
+    return WindowConfig(width=8, targets=["y"], head={"kind": "linear"}, **settings)
 
 
 def codes(rows=3):
@@ -94,29 +92,37 @@ def test_needs_follow_the_configuration(settings, needs, message):
 
 
 def test_settings_are_what_a_run_file_may_set():
-    names = settings_of(SystemConfig)
+    names = settings_of(WindowConfig)
     assert {"width", "tss_index", "bin_bp", "stranded", "head", "profile_weight"} <= set(names)
-    assert not set(names) & {*FITTED, "model_type", "architectures", "output_attentions", "dtype"}
+    assert not set(names) & {
+        *WindowConfig.fitted,
+        "model_type",
+        "architectures",
+        "output_attentions",
+        "dtype",
+    }
 
 
 def test_fitted_and_unknown_settings_are_refused():
-    check_settings(SystemConfig, {"width": 4, "head": {}})
-    for name in ("widht", *FITTED):
-        with pytest.raises(UserError, match=f"Unknown key 'model.{name}'; known there: width, "):
-            check_settings(SystemConfig, {name: 1})
+    check_settings(WindowConfig, {"width": 4, "head": {}})
+    for name in ("widht", *WindowConfig.fitted):
+        with pytest.raises(
+            UserError, match=f"Unknown key 'model.{name}'; known there: head, width, "
+        ):
+            check_settings(WindowConfig, {name: 1})
 
 
 def test_fitted_state_is_written_with_the_configuration(tmp_path):
     settings = {"tracks": ["atac"], "signal_center": [0.1234567], "target_mean": [1 / 3]}
     config(**settings).save_pretrained(tmp_path)
-    loaded = SystemConfig.from_pretrained(tmp_path)
+    loaded = WindowConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in settings} == settings
     assert loaded.head == {"kind": "linear"}
 
 
 def test_mistakes_in_the_head_are_explained():
     with pytest.raises(UserError, match=r"model\.head: .*'hiden'"):
-        Counts(SystemConfig(targets=["y"], head={"hiden": 3}))
+        Counts(WindowConfig(targets=["y"], head={"hiden": 3}))
 
 
 def test_unknown_system_is_explained():

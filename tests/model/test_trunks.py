@@ -16,7 +16,7 @@ from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch, Encoded
 from seq2expr.model.hub import fetch_model, is_hub_id
 from seq2expr.model.run_trunk import RunTrunk
-from seq2expr.model.system import System, SystemConfig
+from seq2expr.model.system import System
 from seq2expr.model.trunks import (
     KINDS,
     SEQUENCE_WINDOW,
@@ -27,6 +27,7 @@ from seq2expr.model.trunks import (
     settings_of_kind,
 )
 from seq2expr.model.trunks import sequence_window as complete
+from seq2expr.model.window_system import WindowConfig, WindowSystem
 from tests.conftest import write_fasta
 from tests.toy import TRACKS, WIDTH, toy_batch, toy_system
 
@@ -211,12 +212,12 @@ def test_a_run_that_was_trained_again_is_refused(run):
         build_trunk(resolved, weights=True)
 
 
-class AroundConfig(SystemConfig):
+class AroundConfig(WindowConfig):
     model_type: ClassVar[str] = "around"
     trunk: dict | None = None
 
 
-class Around(System):
+class Around(WindowSystem):
     """A system of a trunk and a head."""
 
     config_class = AroundConfig

@@ -15,7 +15,8 @@ from seq2expr.errors import UserError
 from seq2expr.learn.adapters import add_adapter, save_adapter
 from seq2expr.model.batch import Batch
 from seq2expr.model.run_trunk import RunTrunk
-from seq2expr.model.system import System, TrunkStatistics
+from seq2expr.model.system import System
+from seq2expr.model.window_system import TrunkStatistics
 from tests.llms import write_llm
 from tests.toy import TRACKS, sharp_llm, toy_batch, toy_llm, toy_system, toy_trunk
 
