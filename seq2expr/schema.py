@@ -167,6 +167,11 @@ class SlideSpec(Strict):
         Folder of HEST-1k, in which the slide has its own name.
     h5ad
         AnnData with counts and ``obsm["spatial"]``.
+    spot_scale
+        Pixels of the image per pixel of the positions, for a picture that was shrunk.
+    pitch_um
+        Distance between neighbouring spots, where the array is not that of its format (legacy ST
+        200 µm, Visium 100 µm).
     raw
         Whether the values are counts; False accepts logged or scaled values as they are.
     """
@@ -180,6 +185,8 @@ class SlideSpec(Strict):
     bin_um: int | None = None
     hest: str | None = None
     h5ad: str | None = None
+    spot_scale: float = pydantic.Field(1.0, gt=0)
+    pitch_um: float | None = pydantic.Field(None, gt=0)
     raw: bool = True
 
 
@@ -239,7 +246,7 @@ class SpotDataConfig(Strict):
         Label card of the targets (see :mod:`seq2expr.image.labels`).
     panel
         Rule by which the genes are chosen on training spots (``mean250``, ``hvg50``, ``all``), or
-        a file with one gene a line.
+        a file: one gene a line, or the ``panel.json`` of a run.
     qc
         Which spots take part.
     split

@@ -1,0 +1,1 @@
+"""What is read of tissue: slides, spots, patches, labels, panels."""
