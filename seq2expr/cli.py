@@ -13,13 +13,20 @@ from seq2expr.errors import Seq2ExprWarning, UserError
 from seq2expr.progress import is_main_process
 
 app = typer.Typer(
-    help="Gene expression from DNA, and the regions that drive it. --debug shows tracebacks.",
+    help="Gene expression from DNA and from H&E slides, and what drives it. --debug shows "
+    "tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 SOME_SKIPPED = 3
+
+_HOW = {
+    False: "--genome FA --gtf GTF --genes all --out expr.tsv",
+    True: "--slide IMAGE --spots FILE --out expr.h5ad",
+}
+"""How a run is asked, by whether it reads slides."""
 
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
 Data = Annotated[
@@ -37,8 +44,24 @@ Run = Annotated[
     str, typer.Argument(metavar="RUN", help="Run directory, hub id or directory of an adapter.")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter on the run.")]
-Genome = Annotated[Path, typer.Option("--genome", help="FASTA, plain or gzip.")]
-Gtf = Annotated[Path, typer.Option("--gtf", help="Annotation (GTF), plain or gzip.")]
+Genome = Annotated[Path | None, typer.Option("--genome", help="FASTA, plain or gzip.")]
+Gtf = Annotated[Path | None, typer.Option("--gtf", help="Annotation (GTF), plain or gzip.")]
+Slide = Annotated[
+    Path | None, typer.Option("--slide", help="Picture of a slide, at full resolution.")
+]
+Spots = Annotated[Path | None, typer.Option("--spots", help="Table of the spots of the slide.")]
+GridUm = Annotated[
+    float | None, typer.Option("--grid-um", help="Instead of spots: a grid over the tissue, µm.")
+]
+Mpp = Annotated[float | None, typer.Option("--mpp", help="µm per pixel of the slide.")]
+PitchUm = Annotated[
+    float | None,
+    typer.Option("--pitch-um", help="Distance of neighbouring spots, if unusual for the format."),
+]
+SlideId = Annotated[str | None, typer.Option("--slide-id", help="Name of the slide.")]
+AllSpots = Annotated[
+    bool, typer.Option("--all-spots", help="Also spots that are not marked as selected.")
+]
 Genes = Annotated[
     str, typer.Option("--genes", help="all, a comma list, or a file of ids or names.")
 ]
@@ -85,14 +108,11 @@ def train(
     root: Root = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a system on genome, annotation, tracks and expression."""
-    from seq2expr.verbs import train
+    """Train a system on a genome with its genes, or on slides with their spots."""
+    from seq2expr.verbs import is_on_slides, train
 
     run = train(config, data=data, root=root or Path(), overrides=overrides or (), out=out)
-    _say(
-        f"Trained {run}. Next: "
-        f"seq2expr predict {run} --genome FA --gtf GTF --genes all --out expr.tsv"
-    )
+    _say(f"Trained {run}. Next: seq2expr predict {run} {_HOW[is_on_slides(run)]}")
 
 
 @app.command()
@@ -108,24 +128,30 @@ def finetune(
     ] = None,
 ) -> None:
     """Take a trained run to other targets with an adapter."""
-    from seq2expr.learn.finetune import finetune
+    from seq2expr.verbs import finetune, is_on_slides
 
     made = finetune(
         run, data=data, adapter=adapter, root=root or Path(), overrides=overrides or (), out=out,
         merge=merge,
     )  # fmt: skip
-    _say(
-        f"Fine-tuned {made}. Next: "
-        f"seq2expr predict {made} --genome FA --gtf GTF --genes all --out expr.tsv"
-    )
+    _say(f"Fine-tuned {made}. Next: seq2expr predict {made} {_HOW[is_on_slides(made)]}")
 
 
 @app.command()
 def predict(
     run: Run,
-    genome: Genome,
-    gtf: Gtf,
     out: Out,
+    genome: Genome = None,
+    gtf: Gtf = None,
+    slide: Slide = None,
+    spots: Spots = None,
+    grid_um: GridUm = None,
+    mpp: Mpp = None,
+    pitch_um: PitchUm = None,
+    slide_id: SlideId = None,
+    all_spots: AllSpots = False,
+    data: Data = None,
+    root: Root = None,
     adapter: Adapter = None,
     genes: Genes = "all",
     track: Tracks = None,
@@ -137,18 +163,17 @@ def predict(
     chrom_map: ChromMap = None,
     verify: Verify = False,
 ) -> None:
-    """Predict expression of genes."""
-    from seq2expr.learn.predict import predict
+    """Predict expression of genes of a genome, or of spots of a slide."""
+    from seq2expr.verbs import predict
 
     result = predict(
-        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
-        features=features, tss=tss, contacts=contacts, blacklist=blacklist, text=text or (),
-        chrom_map=chrom_map, out=out, verify=verify,
+        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, slide=slide, spots=spots,
+        grid_um=grid_um, mpp=mpp, pitch_um=pitch_um, slide_id=slide_id,
+        all_spots=all_spots or None, data=data, root=root,
+        tracks=_pairs(track, "--track") or None, features=features, tss=tss, contacts=contacts,
+        blacklist=blacklist, text=text, chrom_map=chrom_map, out=out, verify=verify,
     )  # fmt: skip
-    _say(
-        f"Predicted {result.n:,} genes into {out} "
-        f"({result.padded:,} windows pass a chromosome end)."
-    )
+    _say(f"Predicted {result.describe(out)}.")
     _say_skipped(len(result.skipped), out)
 
 
@@ -215,8 +240,10 @@ def evaluate(
     what: Annotated[
         str, typer.Argument(metavar="RUN|PREDICTIONS", help="A run, or a table of predictions.")
     ],
-    truth: Annotated[Path, typer.Option(help="Table of measurements.")],
     out: Out,
+    truth: Annotated[
+        Path | None, typer.Option(help="Measurements: a table of genes, or an h5ad of spots.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="The run that made the predictions.")] = None,
     data: Data = None,
     root: Root = None,
@@ -225,7 +252,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run or predictions, with every control beside them."""
-    from seq2expr.learn.evaluate import evaluate
+    from seq2expr.verbs import evaluate
 
     found = evaluate(
         what, truth=truth, run=run, data=data, root=root, twins=_pairs(twin, "--twin"), out=out
@@ -263,7 +290,8 @@ def benchmark(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str | None, typer.Argument(help="systems, backbones, trunks or llms; all by default.")
+        str | None,
+        typer.Argument(help="systems, backbones, trunks, encoders or llms; all by default."),
     ] = None,
 ) -> None:
     """List what can be named in a configuration."""

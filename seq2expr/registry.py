@@ -35,6 +35,19 @@ class TrunkEntry(NamedTuple):
     """``model.trunk`` for it (its ``kind``), and what that needs."""
 
 
+class EncoderEntry(NamedTuple):
+    """One row of ``seq2expr list encoders``."""
+
+    name: str
+    size: str
+    """Parameters, and the width of a token."""
+    reads: str
+    """Pixels, and the scale it was trained at."""
+    licence: str
+    how: str
+    """``model.encoder`` for it (its ``kind``), and what that needs."""
+
+
 class LlmEntry(NamedTuple):
     """One row of ``seq2expr list llms``."""
 
@@ -58,6 +71,27 @@ SYSTEMS = (
         "after Honig et al. 2024, Long-range gene expression prediction with token alignment of "
         "large language model (of which only the abstract could be read)",
         "ours (MIT); no code of the authors is published",
+    ),
+    SystemEntry(
+        "nsl",
+        "H&E patches, colour alone: 11 weights a gene",
+        "after Dawood et al. 2021, All You Need is Color (of which only the abstract could be "
+        "read)",
+        "ours (MIT); no code of the authors is published",
+    ),
+    SystemEntry(
+        "mclstexp",
+        "H&E patches; expression of the training spots (also as BLEEP: configuration bleep)",
+        "Min et al. 2024, Multimodal contrastive learning for spatial gene expression prediction "
+        "using histology images",
+        "ours (MIT); the authors' code is not used",
+    ),
+    SystemEntry(
+        "hescape",
+        "H&E patches; expression of the training spots",
+        "Gindra et al. 2025, A Large-Scale Benchmark of Cross-Modal Learning for Histology and "
+        "Gene Expression in Spatial Transcriptomics",
+        "ours (MIT); the authors' code (MIT) is not used",
     ),
 )
 """Systems that train, predict and evaluate in this version."""
@@ -147,6 +181,137 @@ TRUNKS = (
 )
 """DNA models that can stand frozen below a system (``model.trunk``)."""
 
+_ANY = "ours; no weights of others"
+_TIMM = "kind: timm (pip install 'seq2expr[encoders]')"
+_GATED = "gated: accept the terms on its page"
+_NC = f"CC-BY-NC-ND-4.0, non-commercial ({REMEMBERED})"
+
+ENCODERS = (
+    EncoderEntry(
+        "colour", "3 or 15 numbers", "any patch", _ANY, "kind: colour, what: mean_od or colour15"
+    ),
+    EncoderEntry("texture", "61 numbers", "any patch from 32 px", _ANY, "kind: texture"),
+    EncoderEntry("od", "grid x grid tokens of 3", "any patch", _ANY, "kind: od, grid: 28"),
+    EncoderEntry(
+        "cnn", "0.19 M parameters, 128", "64 px", "ours; trained with the system", "kind: cnn"
+    ),
+    EncoderEntry(
+        "densenet121",
+        "7.0 M parameters, 1,024",
+        "224 px; pictures (ImageNet)",
+        f"weights of torchvision: BSD-3-Clause ({REMEMBERED})",
+        "kind: densenet121, with the weights in a file; else random",
+    ),
+    EncoderEntry(
+        "microsoft/resnet-50",
+        "23.5 M parameters, 2,048",
+        "224 px; pictures (ImageNet)",
+        f"Apache-2.0 ({REMEMBERED})",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "facebook/dinov2-small (to giant)",
+        f"22 M to 1.1 B parameters, 384 to 1,536 ({REMEMBERED})",
+        "224 px; pictures",
+        f"Apache-2.0 ({REMEMBERED})",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "openai/clip-vit-base-patch32",
+        f"87 M parameters, 768 ({REMEMBERED})",
+        "224 px; pictures",
+        f"MIT ({REMEMBERED})",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "vinid/plip",
+        f"87 M parameters, 768 ({REMEMBERED})",
+        f"224 px; pathology of any scale ({REMEMBERED})",
+        "not stated where it was looked for",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "owkin/phikon",
+        f"86 M parameters, 768 ({REMEMBERED})",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"Owkin's, non-commercial ({REMEMBERED})",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "owkin/phikon-v2",
+        f"0.3 B parameters, 1,024 ({REMEMBERED})",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"Owkin's, non-commercial ({REMEMBERED})",
+        "kind: transformers, or just its id",
+    ),
+    EncoderEntry(
+        "histai/hibou-b (and -L)",
+        f"86 M and 0.3 B parameters, 768 and 1,024 ({REMEMBERED})",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"Apache-2.0 ({REMEMBERED})",
+        "brings its own code, which is not run; save it as Dinov2WithRegisters, give that",
+    ),
+    EncoderEntry(
+        "MahmoodLab/UNI",
+        "303 M parameters, 1,024",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        _NC,
+        f"{_TIMM}; {_GATED}",
+    ),
+    EncoderEntry(
+        "MahmoodLab/UNI2-h",
+        f"681 M parameters, 1,536 ({REMEMBERED})",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        _NC,
+        f"{_TIMM}, arguments of its model card; {_GATED}",
+    ),
+    EncoderEntry(
+        "MahmoodLab/CONCH",
+        "about 86 M parameters (image part), 512 or 768",
+        "448 or 480 px",
+        _NC,
+        f"a package of its own, which is not read here; {_GATED}",
+    ),
+    EncoderEntry(
+        "paige-ai/Virchow2",
+        f"632 M parameters, 2,560 with pool: cls+mean ({REMEMBERED})",
+        f"224 px, 0.25 to 2 um/px ({REMEMBERED})",
+        _NC,
+        f"{_TIMM}, arguments of its model card; {_GATED}",
+    ),
+    EncoderEntry(
+        "bioptimus/H-optimus-0",
+        "1.1 B parameters, 1,536",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"Apache-2.0 ({REMEMBERED})",
+        f"{_TIMM}; {_GATED}",
+    ),
+    EncoderEntry(
+        "prov-gigapath/prov-gigapath",
+        "1.1 B parameters, 1,536",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"Apache-2.0, for research ({REMEMBERED})",
+        f"{_TIMM}; {_GATED}",
+    ),
+    EncoderEntry(
+        "CTransPath",
+        "28 M parameters, 768",
+        f"224 px, 0.5 um/px ({REMEMBERED})",
+        f"GPL-3.0 ({REMEMBERED})",
+        "needs a changed timm of its own, which is not read here",
+    ),
+    EncoderEntry(
+        "a directory",
+        "any vision model that transformers saved",
+        "as its preprocessor_config.json says",
+        "yours",
+        "kind: transformers, or just its path",
+    ),
+)
+"""Image encoders (``model.encoder``). Give patches the scale that an encoder was trained at."""
+# and in LISTS:  "encoders": ENCODERS
+"""Image encoders (``model.encoder``)."""
+
 LLMS = (
     LlmEntry(
         "HuggingFaceTB/SmolLM2-135M",
@@ -211,5 +376,11 @@ LLMS = (
 )
 """Language models that can stand frozen in a system (``model.llm``)."""
 
-LISTS = {"systems": SYSTEMS, "backbones": BACKBONES, "trunks": TRUNKS, "llms": LLMS}
+LISTS = {
+    "systems": SYSTEMS,
+    "backbones": BACKBONES,
+    "trunks": TRUNKS,
+    "encoders": ENCODERS,
+    "llms": LLMS,
+}
 """What ``seq2expr list`` shows."""

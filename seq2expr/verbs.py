@@ -1,11 +1,14 @@
 """The verbs that serve both paths: the data decide whether genes or spots are meant."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from seq2expr.config import RunConfig, load_run_config
+from seq2expr.errors import UserError
+from seq2expr.learn.runs import find_run, run_config
 from seq2expr.schema import SpotDataConfig
 
 
@@ -54,3 +57,116 @@ def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     spots = isinstance(config.data, SpotDataConfig)
     path = import_module("seq2expr.spots.train" if spots else "seq2expr.learn.train")
     return path.train_run(config, root, out)
+
+
+def finetune(run: str | os.PathLike, **request: Any) -> Path:
+    """Take a trained run to other data with an adapter.
+
+    Parameters
+    ----------
+    run
+        The base.
+    **request
+        Those of :func:`seq2expr.learn.finetune.finetune`.
+    """
+    from seq2expr.learn.finetune import GENES, finetune
+
+    if is_on_slides(find_run(run)):
+        from seq2expr.spots.finetune import SPOTS
+
+        return finetune(run, tuning=SPOTS, **request)
+    return finetune(run, tuning=GENES, **request)
+
+
+def predict(run: str | os.PathLike, **request: Any) -> Any:
+    """Predict genes of a genome, or spots of a slide.
+
+    Parameters
+    ----------
+    run
+        Run directory, hub id or directory of an adapter.
+    **request
+        With ``slide`` or ``data`` those of :func:`seq2expr.spots.predict.predict_spots`,
+        otherwise those of :func:`seq2expr.learn.predict.predict`. None is as if not given.
+
+    Returns
+    -------
+    :class:`~seq2expr.spots.predict.SpotPredictions` or
+    :class:`~seq2expr.learn.predict.Predictions`.
+
+    Raises
+    ------
+    UserError
+        When the request cannot be carried out; nothing is then written.
+    """
+    given = {name: value for name, value in request.items() if value is not None}
+    if "slide" in given or "data" in given:
+        from seq2expr.spots.predict import predict_spots
+
+        _check_apart(given, DNA_INPUTS, "a slide")
+        return predict_spots(run, **given)
+    from seq2expr.learn.predict import predict
+
+    _check_apart(given, SLIDE_INPUTS, "a genome")
+    if missing := [name for name in ("genome", "gtf") if name not in given]:
+        raise UserError(
+            f"No {missing[0]} is given. Genes need --genome and --gtf; spots need --slide, or "
+            "--data with slides."
+        )
+    return predict(run, **given)
+
+
+def evaluate(what: str | os.PathLike, **request: Any) -> Any:
+    """Score a run or its predictions beside the controls, over genes or over spots.
+
+    Parameters
+    ----------
+    what
+        A run; a table of predicted genes; or an h5ad of predicted spots.
+    **request
+        Of :func:`seq2expr.spots.evaluate.evaluate_spots` where spots are meant, otherwise of
+        :func:`seq2expr.learn.evaluate.evaluate`. None is as if not given.
+
+    Raises
+    ------
+    UserError
+        When nothing can be scored.
+    """
+    given = {name: value for name, value in request.items() if value is not None}
+    if _means_spots(Path(what)):
+        from seq2expr.spots.evaluate import evaluate_spots
+
+        if given.pop("twins", None):
+            raise UserError("Runs on slides have no twins; leave out --twin.")
+        return evaluate_spots(what, **given)
+    from seq2expr.learn.evaluate import evaluate
+
+    if "truth" not in given:
+        raise UserError("Name the table of measurements with --truth.")
+    return evaluate(what, **given)
+
+
+def is_on_slides(run: Path) -> bool:
+    """Tell whether a run was trained on slides."""
+    known = (run / "run.yaml").is_file()
+    return known and isinstance(run_config(run).data, SpotDataConfig)
+
+
+DNA_INPUTS = (
+    *("genome", "gtf", "tracks", "features", "tss", "contacts", "blacklist", "text"),
+    "chrom_map",
+)
+SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots")
+
+
+def _check_apart(given: Mapping[str, Any], others: Sequence[str], what: str) -> None:
+    """Refuse inputs of the other path, which would silently do nothing."""
+    if foreign := [name for name in others if given.get(name)]:
+        raise UserError(f"--{foreign[0].replace('_', '-')} does not go with {what}; leave it out.")
+
+
+def _means_spots(what: Path) -> bool:
+    """Tell by a file's ending, or by the data of a run, whether spots are scored."""
+    if what.is_file():
+        return what.suffix == ".h5ad"
+    return is_on_slides(find_run(what))

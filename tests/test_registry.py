@@ -17,7 +17,7 @@ def test_rows_are_full_and_have_names_of_their_own(what):
     assert len({row.name for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("what", ["trunks", "llms"])
+@pytest.mark.parametrize("what", ["trunks", "encoders", "llms"])
 def test_list_shows_size_licence_and_access(what):
     answer = CliRunner().invoke(app, ["list", what])
     assert answer.exit_code == 0

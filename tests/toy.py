@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from seq2expr.model.batch import Batch
+from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import System, system_class
 from tests.llms import VOCABULARY, tiny_config, write_llm, write_tokenizer
 
@@ -29,6 +30,17 @@ BACKBONE_SETTINGS = {
     },
 }
 
+
+PX = 32
+"""Side of a toy patch."""
+
+_PAIR = {"head": {"hidden": 16, "depth": 1}, "encoder": {"kind": "cnn", "px": PX}}
+SMALL_SPOTS = {
+    "nsl": {"encoder": {"kind": "od", "grid": 4}, "restarts": 2},
+    "mclstexp": {**_PAIR, "depth": 1, "heads": 2, "head_dim": 4, "embedding": 8, "neighbours": 3},
+    "hescape": {**_PAIR, "embedding": 8, "components": 2, "neighbours": 3},
+}
+"""Settings of toy image systems."""
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="seq2expr_toys_")  # goes with the process
 
@@ -70,24 +82,50 @@ def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int =
     )
 
 
+def toy_spots(rows: int = 4, *, seed: int = 0) -> Batch:
+    """Random patches of two slides, one colour to each and noise on it, with their expression."""
+    random = torch.Generator().manual_seed(seed)
+    colour = torch.randint(60, 240, (rows, 1, 1, 3), generator=random)
+    noise = torch.randint(-40, 15, (rows, PX, PX, 3), generator=random)
+    number = torch.arange(rows)
+    return Batch(
+        ids=[f"slide{row % 2}/{row}x{row}" for row in range(rows)],
+        patch=(colour + noise).to(torch.uint8),
+        expression=torch.rand(rows, len(TARGETS), generator=random) * 3,
+        library_size=torch.full((rows,), 1000.0),
+        slide=number % 2,
+        xy_um=torch.stack([number * 100.0, number * 50.0], dim=1),
+        grid_xy=torch.stack([number, number], dim=1),
+        target=torch.randn(rows, len(TARGETS), generator=random),
+        target_mask=torch.ones(rows, len(TARGETS), dtype=torch.bool),
+    )
+
+
+def toy_batch_for(system: System, rows: int = 4, *, seed: int = 0) -> Batch:
+    """What a system reads: windows, or patches."""
+    make = toy_spots if isinstance(system, SpotSystem) else toy_batch
+    return make(rows, seed=seed)
+
+
 def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> System:
     """A system of a few thousand parameters, in evaluation mode.
 
     Of ``gta``, ``language`` is the kind of the language model (see :mod:`tests.llms`).
     """
-    fitted = {
-        "tracks": TRACKS,
-        "targets": TARGETS,
-        "target_mean": [0.3, -0.2],
-        "target_sd": [1.5, 0.8],
-        "n_features": 2,
-        "head": {"hidden": 16, "depth": 1},
-    }
-    small = _small_gta if name == "gta" else _small_seq2exp
-    changes = small(**settings)
-    torch.manual_seed(seed)
+    fitted = {"targets": TARGETS, "target_mean": [0.3, -0.2], "target_sd": [1.5, 0.8]}
     system = system_class(name)
-    return system(system.config_class(**(fitted | changes))).eval()
+    if issubclass(system, SpotSystem):
+        changes = SMALL_SPOTS[name] | settings
+        if changes["encoder"] == "vit":
+            changes["encoder"] = {"kind": "transformers", "model": str(toy_vit())}
+    else:
+        fitted |= {"tracks": TRACKS, "n_features": 2, "head": {"hidden": 16, "depth": 1}}
+        changes = (_small_gta if name == "gta" else _small_seq2exp)(**settings)
+    torch.manual_seed(seed)
+    made = system(system.config_class(**(fitted | changes))).eval()
+    if isinstance(made, SpotSystem):  # as training does before its first step
+        made.prepare(lambda _: [toy_spots(8, seed=99)])
+    return made
 
 
 def _small_seq2exp(*, backbone: str = "conv", **settings: Any) -> dict[str, Any]:
@@ -124,6 +162,18 @@ def sharp_llm() -> Path:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(place)
     write_tokenizer(place)
+    return place
+
+
+@functools.cache
+def toy_vit() -> Path:
+    """The directory of a tiny vision transformer of four patches."""
+    place = Path(_FOLDER.name) / "vit"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = ViTConfig(image_size=16, patch_size=8, num_attention_heads=2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(config).save_pretrained(place)
     return place
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from importlib import import_module
 from pathlib import Path
 
 import filelock
@@ -33,38 +34,29 @@ from seq2expr.verbs import train_run
 log = logging.getLogger(__name__)
 
 
-class Job(Strict):
-    """One table of predictions: of a run that is trained for it, or of the controls of a fold.
+class Step(Strict):
+    """One table of predictions, and what it follows from.
 
     Parameters
     ----------
     name
-        ``ROW/fold0_seed0``, or ``controls/fold0``.
+        Path of the table in the folder, without an ending: ``ROW/fold0_seed0``.
     folder
         Where jobs leave their files.
     root
         What paths of the data set are relative to.
-    config
-        The run; for controls, the row whose window they read.
-    genes
-        Ids of the test genes.
     needs
         Jobs that must be done before.
     stamp
         Hashes of all that the table follows from: ``configuration``, ``inputs`` (the files) and
         ``needs`` (the runs before it).
-    controls
-        Which controls to fit; None trains the run.
     """
 
     name: str
     folder: Path
     root: Path
-    config: RunConfig
-    genes: list[str]
     needs: list[str] = pydantic.Field(default_factory=list)
     stamp: dict[str, str]
-    controls: ControlSpec | None = None
 
     @property
     def run(self) -> Path:
@@ -73,13 +65,22 @@ class Job(Strict):
 
     @property
     def table(self) -> Path:
-        """The predicted test genes."""
-        return self._beside(".parquet")
+        """The predictions."""
+        return self.beside(".parquet")
 
     @property
     def log(self) -> Path:
         """What was said in a process of its own."""
-        return self._beside(".log")
+        return self.beside(".log")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether controls are fitted, which are simply fitted again where something changed."""
+        return False
+
+    def make(self) -> pd.DataFrame:
+        """Make the table."""
+        raise NotImplementedError
 
     def is_done(self) -> bool:
         """Tell whether the table is there.
@@ -89,10 +90,10 @@ class Job(Strict):
         UserError
             When the run was made of something else. (Controls are then fitted again.)
         """
-        place = self._beside(".json")
+        place = self.beside(".json")
         known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else self.stamp
         changed = [part for part in self.stamp if known.get(part) != self.stamp[part]]
-        if changed and self.controls is None and (self.run.exists() or self.table.exists()):
+        if changed and not self.is_control and (self.run.exists() or self.table.exists()):
             raise UserError(
                 f"{self.run} was made with other {' and '.join(changed)}. Choose another --out, "
                 "or remove it with the files beside it to train it again."
@@ -102,32 +103,64 @@ class Job(Strict):
     def perform(self) -> None:
         """Make the table, unless another process does so first."""
         self.run.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self._beside(".lock")):
+        with filelock.FileLock(self.beside(".lock")):
             if self.is_done():
                 return
             self.table.unlink(missing_ok=True)  # controls of another protocol
-            write_text(self._beside(".json"), json.dumps(self.stamp, indent=1) + "\n")
-            made = self._fit_controls() if self.controls else self._train_and_predict()
-            publish(self.table, made.to_parquet)
+            write_text(self.beside(".json"), json.dumps(self.stamp, indent=1) + "\n")
+            publish(self.table, self.make().to_parquet)
 
     def read(self) -> pd.DataFrame:
-        """Return the predictions, indexed by gene id."""
-        return pd.read_parquet(self.table).set_index("gene_id")
+        """Return the predictions, indexed by the first column."""
+        table = pd.read_parquet(self.table)
+        return table.set_index(table.columns[0])
 
-    def _train_and_predict(self) -> pd.DataFrame:
+    def parameters(self) -> float:
+        """Return how many parameters were trained in the run, over all its members."""
+        summary = self.run / "metrics.json"
+        if not summary.is_file():  # a run may be removed once its table is there
+            return float("nan")
+        members = json.loads(summary.read_text(encoding="utf-8"))["members"]
+        return float(sum(member["parameters"] for member in members))
+
+    def beside(self, ending: str) -> Path:
+        """Return the path of one of its files."""
+        return self.folder / (self.name + ending)
+
+
+class Job(Step):
+    """Predicted genes: of a run that is trained for it, or of the controls of a fold.
+
+    Parameters
+    ----------
+    config
+        The run; for controls, the row whose window they read.
+    genes
+        Ids of the test genes.
+    controls
+        Which controls to fit; None trains the run.
+    """
+
+    config: RunConfig
+    genes: list[str]
+    controls: ControlSpec | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether controls are fitted."""
+        return self.controls is not None
+
+    def make(self) -> pd.DataFrame:
+        """Train and predict, or fit the controls."""
+        if self.controls is not None:
+            return fit_controls(self.config, self.root, self.genes, self.controls)
         run = train_run(self.config, self.root, self.run)
         source = Source(run, self.config, self.config.data, self.root, None, WindowConfig())
         predicted = source.predict(run, self.genes)
         return predicted[["gene_id", *self.config.data.targets]]
 
-    def _fit_controls(self) -> pd.DataFrame:
-        return fit_controls(self.config, self.root, self.genes, self.controls)
 
-    def _beside(self, ending: str) -> Path:
-        return self.folder / (self.name + ending)
-
-
-def carry_out(jobs: Sequence[Job], *, at_once: int) -> dict[str, str]:
+def carry_out(jobs: Sequence[Step], *, at_once: int) -> dict[str, str]:
     """Do jobs, each after those that it needs, and go on when one fails.
 
     Parameters
@@ -149,11 +182,11 @@ def carry_out(jobs: Sequence[Job], *, at_once: int) -> dict[str, str]:
     return _side_by_side(jobs, at_once)
 
 
-def _side_by_side(jobs: Sequence[Job], at_once: int) -> dict[str, str]:
+def _side_by_side(jobs: Sequence[Step], at_once: int) -> dict[str, str]:
     futures: dict[str, Future] = {}
     failed: dict[str, str] = {}
 
-    def work(job: Job) -> None:
+    def work(job: Step) -> None:
         # What a job waits for was handed in before it, so the first unfinished one never waits.
         for need in job.needs:
             if need in futures:
@@ -172,18 +205,18 @@ def _side_by_side(jobs: Sequence[Job], at_once: int) -> dict[str, str]:
     return failed
 
 
-def _note(failed: dict[str, str], job: Job, why: str | None) -> None:
+def _note(failed: dict[str, str], job: Step, why: str | None) -> None:
     if why is not None:
         log.warning("%s failed: %s", job.name, why)
         failed[job.name] = why
 
 
-def _blocked(job: Job, failed: Mapping[str, str]) -> str | None:
+def _blocked(job: Step, failed: Mapping[str, str]) -> str | None:
     broken = [need for need in job.needs if need in failed]
     return f"it needs {broken[0]}, which failed" if broken else None
 
 
-def _attempt(job: Job) -> str | None:
+def _attempt(job: Step) -> str | None:
     """Do a job in this process; return why it failed."""
     try:
         job.perform()
@@ -195,14 +228,14 @@ def _attempt(job: Job) -> str | None:
     return None
 
 
-def _attempt_apart(job: Job, at_once: int) -> str | None:
+def _attempt_apart(job: Step, at_once: int) -> str | None:
     """Do a job in a process of its own, which may even be killed; return why it failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = str(max(1, (cores or 1) // at_once))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w", encoding="utf-8") as handle:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, type(job).__module__, type(job).__qualname__],
             input=job.model_dump_json(),
             stdout=subprocess.PIPE,
             stderr=handle,
@@ -221,10 +254,14 @@ def _attempt_apart(job: Job, at_once: int) -> str | None:
 
 
 def main() -> None:
-    """Do the job on standard input; a user's mistake is said on standard output, exit code 2."""
+    """Do the job on standard input; a user's mistake is said on standard output, exit code 2.
+
+    The arguments are module and name of the class of the job.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("seq2expr").setLevel(logging.INFO)
-    job = Job.model_validate_json(sys.stdin.read())
+    module, kind = sys.argv[1:]
+    job = getattr(import_module(module), kind).model_validate_json(sys.stdin.read())
     try:
         job.perform()
     except UserError as error:

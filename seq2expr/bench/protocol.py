@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
@@ -26,9 +26,8 @@ CONTROL_FOLDER = "controls"
 """Where the controls lie beside the rows; no row may have this name."""
 
 _REFERENCE = re.compile(r"\$\{(run:)?([^}]*)\}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_DECIDED = ("data.split", "data.exclude_chroms", "train.seed", "controls")
-_CHANGEABLE = ("folds", "seeds", "metric", "n_boot", "compare", "controls")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What rows may be called; folders are called so too."""
 
 
 class FoldSpec(Strict):
@@ -93,8 +92,8 @@ class ControlSpec(Strict):
     k: int = pydantic.Field(5, ge=1, le=6)
 
 
-class Protocol(Strict):
-    """A benchmark: rows × folds × seeds, and what every row is compared with.
+class Comparison(Strict):
+    """What is compared: rows × seeds, in the settings of a protocol.
 
     Parameters
     ----------
@@ -102,47 +101,42 @@ class Protocol(Strict):
         Shown in the report; ``notes`` say how the settings of the rows were chosen.
     settings
         What ``--set`` may change, by name; null has no default and must be given.
-    folds
-        Cross-validation, or ``data`` for the split of the data file.
     seeds
         Seeds that every row is trained with.
     rows
         What is compared, in the order of the table.
-    controls
-        Classical controls; a list is short for their names.
     compare
-        The row from which every other one is subtracted, paired over genes.
-    metric
-        Metric of the table; the others are in the long table of scores.
+        The row from which every other one is subtracted, paired.
     n_boot
-        Bootstrap resamples of the test genes.
+        Bootstrap resamples.
     made_from
         Written with a result: folds, inputs with their hashes, rows that were asked for. Not
         read, so that the file of a result is itself a protocol.
     """
 
+    decided: ClassVar[tuple[str, ...]] = ("train.seed", "controls")
+    """Keys of a run that no row may set."""
+    changeable: ClassVar[tuple[str, ...]] = ("seeds", "metric", "n_boot", "compare", "controls")
+    """What ``--set`` may change beside the settings: all that makes a smaller trial."""
+
     name: str
     title: str = ""
     notes: list[str] = pydantic.Field(default_factory=list)
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
-    folds: FoldSpec | Literal["data"] = FoldSpec()
     seeds: list[int] = pydantic.Field([0], min_length=1)
     rows: dict[str, RowSpec] = pydantic.Field(min_length=1)
-    controls: ControlSpec = ControlSpec()
     compare: str
-    metric: Literal[tuple(ACROSS_GENES)] = next(iter(ACROSS_GENES))
     n_boot: int = pydantic.Field(1000, ge=0)
     made_from: dict[str, Any] = pydantic.Field(default_factory=dict)
 
-    @pydantic.field_validator("controls", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"names": value} if isinstance(value, list) else value
-
     @property
-    def controls_window(self) -> str:
-        """The row whose window the controls read."""
-        return self.controls.window_of or self.compare
+    def control_names(self) -> list[str]:
+        """Names that no row may have."""
+        return []
+
+    def problems(self) -> Iterator[str]:
+        """Yield what the types alone do not refuse, and :func:`load_protocol` does not see."""
+        yield from ()
 
     def chosen(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
         """Return the shown rows among ``names`` (all by default), and all rows to train for them.
@@ -238,7 +232,61 @@ class Protocol(Strict):
         return meant(alone) if alone else _REFERENCE.sub(lambda m: str(meant(m)), value)
 
 
-def load_protocol(source: str | os.PathLike, overrides: Sequence[str] = ()) -> Protocol:
+class Protocol(Comparison):
+    """A benchmark of genes: rows × folds × seeds, compared in pairs over genes.
+
+    Parameters
+    ----------
+    folds
+        Cross-validation, or ``data`` for the split of the data file.
+    controls
+        Classical controls; a list is short for their names.
+    metric
+        Metric of the table; the others are in the long table of scores.
+    """
+
+    decided: ClassVar[tuple[str, ...]] = (
+        *("data.split", "data.exclude_chroms"),
+        *Comparison.decided,
+    )
+    changeable: ClassVar[tuple[str, ...]] = ("folds", *Comparison.changeable)
+
+    folds: FoldSpec | Literal["data"] = FoldSpec()
+    controls: ControlSpec = ControlSpec()
+    metric: Literal[tuple(ACROSS_GENES)] = next(iter(ACROSS_GENES))
+
+    @pydantic.field_validator("controls", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"names": value} if isinstance(value, list) else value
+
+    @property
+    def control_names(self) -> list[str]:
+        """Names that no row may have."""
+        return self.controls.names
+
+    @property
+    def controls_window(self) -> str:
+        """The row whose window the controls read."""
+        return self.controls.window_of or self.compare
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not fit in the row whose window the controls read."""
+        if self.controls_window not in self.rows:
+            yield f"controls.window_of is {self.controls_window!r}, which is no row. Name one."
+        elif self.controls.names and self.needs(self.controls_window):
+            yield (
+                f"controls read the window of {self.controls_window!r}, which follows from the "
+                "run of another row. Name that row in controls.window_of."
+            )
+
+
+P = TypeVar("P", bound=Comparison)
+
+
+def load_protocol(
+    source: str | os.PathLike, overrides: Sequence[str] = (), *, kind: type[P] = Protocol
+) -> P:
     """Read and check a protocol.
 
     Parameters
@@ -248,6 +296,8 @@ def load_protocol(source: str | os.PathLike, overrides: Sequence[str] = ()) -> P
     overrides
         ``key=value`` texts for its settings, and for what a smaller trial changes (seeds,
         folds.n, metric, n_boot, compare, controls).
+    kind
+        What it compares on: genes by default.
 
     Raises
     ------
@@ -255,28 +305,28 @@ def load_protocol(source: str | os.PathLike, overrides: Sequence[str] = ()) -> P
         On anything that does not fit, before any work is done.
     """
     tree = read_yaml(source)
-    settings = checked(Protocol, tree, where=str(source)).settings
+    settings = checked(kind, tree, where=str(source)).settings
     changes = parse_overrides(overrides)
     for key in changes:
-        if key not in settings and key not in _CHANGEABLE:
+        if key not in settings and key not in kind.changeable:
             raise UserError(
                 f"--set {key}: the protocol {source} has no such setting; it has "
-                f"{', '.join([*settings, *_CHANGEABLE])}."
+                f"{', '.join([*settings, *kind.changeable])}."
             )
     given = {key: changes.pop(key) for key in settings if key in changes}
     # Settings are replaced, not merged: a mapping is one value.
     tree = merge(tree, changes) | {"settings": settings | given}
-    protocol = checked(Protocol, tree, where=str(source))
+    protocol = checked(kind, tree, where=str(source))
     for problem in _problems(protocol):
         raise UserError(f"{source}: {problem}")
     return protocol
 
 
-def _problems(protocol: Protocol) -> Iterator[str]:
+def _problems(protocol: Comparison) -> Iterator[str]:
     """Yield what the types alone do not refuse; the first is reported."""
     rows = protocol.rows
     for name, row in rows.items():
-        yield from _row_problems(name, row, rows)
+        yield from _row_problems(name, row, protocol)
     for name in rows:
         if cycle := _cycle(name, lambda row: [rows[row].like] if rows[row].like else []):
             yield f"rows are like one another in a circle: {' → '.join(cycle)}. Break it."
@@ -287,21 +337,16 @@ def _problems(protocol: Protocol) -> Iterator[str]:
             yield f"rows need one another's runs in a circle: {' → '.join(cycle)}. Break it."
     if protocol.compare not in rows or not rows[protocol.compare].shown:
         yield f"compare is {protocol.compare!r}, which is no shown row. Name one of them."
-    if protocol.controls_window not in rows:
-        yield f"controls.window_of is {protocol.controls_window!r}, which is no row. Name one."
-    elif protocol.controls.names and protocol.needs(protocol.controls_window):
-        yield (
-            f"controls read the window of {protocol.controls_window!r}, which follows from the "
-            "run of another row. Name that row in controls.window_of."
-        )
-    if both := set(rows) & set(protocol.controls.names):
+    yield from protocol.problems()
+    if both := set(rows) & set(protocol.control_names):
         yield f"{both.pop()!r} is a row and a control. Call the row otherwise."
     if len(set(protocol.seeds)) < len(protocol.seeds) or min(protocol.seeds) < 0:
         yield f"seeds are {protocol.seeds}; they must be different, and not negative."
 
 
-def _row_problems(name: str, row: RowSpec, rows: Mapping[str, RowSpec]) -> Iterator[str]:
-    if not _NAME.fullmatch(name) or name == CONTROL_FOLDER:
+def _row_problems(name: str, row: RowSpec, protocol: Comparison) -> Iterator[str]:
+    rows = protocol.rows
+    if not NAME.fullmatch(name) or name == CONTROL_FOLDER:
         yield (
             f"a row cannot be called {name!r}: names are letters, digits, '_', '.' and '-', and "
             f"not {CONTROL_FOLDER!r}."
@@ -311,11 +356,11 @@ def _row_problems(name: str, row: RowSpec, rows: Mapping[str, RowSpec]) -> Itera
     if row.like is not None and row.like not in rows:
         yield f"row {name!r} is like {row.like!r}, which is no row ({', '.join(rows)})."
     for key in row.set:
-        if any(key == taken or key.startswith(taken + ".") for taken in _DECIDED):
+        if any(key == taken or key.startswith(taken + ".") for taken in protocol.decided):
             yield f"row {name!r} sets {key!r}, which the protocol itself decides. Leave it out."
 
 
-def _reference_problems(name: str, protocol: Protocol) -> Iterator[str]:
+def _reference_problems(name: str, protocol: Comparison) -> Iterator[str]:
     config, changes = protocol._recipe(name)
     for value in (config, *changes.values()):
         for is_run, reference in _references(value):

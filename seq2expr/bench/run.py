@@ -1,12 +1,11 @@
 """Run a protocol: a grid of rows, folds and seeds becomes one table with paired intervals."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ from seq2expr.bench.classical import MISSING
 from seq2expr.bench.grid import Grid, controls_of, lay_out, run_of
 from seq2expr.bench.jobs import Job, carry_out
 from seq2expr.bench.protocol import Protocol, load_protocol
+from seq2expr.bench.spot_protocol import SpotProtocol
 from seq2expr.bench.standings import Entry, rank, scores
 from seq2expr.config import read_yaml
 from seq2expr.errors import UserError
@@ -24,6 +24,9 @@ from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.plot import save
 from seq2expr.store import write_text
 from seq2expr.yamlfile import format_yaml
+
+if TYPE_CHECKING:
+    from seq2expr.bench.spot_run import SpotBenchmark
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def benchmark(
     overrides: Sequence[str] = (),
     jobs: int = 1,
     out: str | os.PathLike,
-) -> Benchmark:
+) -> "Benchmark | SpotBenchmark":
     """Train every row of a protocol on every fold with every seed, and compare them.
 
     The same call on the same folder goes on where an interrupted one stopped, run by run. A run
@@ -104,7 +107,8 @@ def benchmark(
         A path, or the name of an installed protocol (see
         :class:`seq2expr.bench.protocol.Protocol`).
     data, root
-        Data configuration, and what its paths are relative to.
+        Data configuration, and what its paths are relative to. A protocol of slides names its
+        data sets in ``blocks`` (see :class:`seq2expr.bench.spot_protocol.SpotProtocol`).
     systems
         Rows of the table, by default all that are shown; what they need is trained too.
     overrides
@@ -127,8 +131,10 @@ def benchmark(
     if PartialState(cpu=not torch.cuda.is_available()).num_processes > 1:
         raise UserError("A benchmark starts its own processes; run it alone, with --jobs N.")
     out = Path(out)
+    if "blocks" in read_yaml(protocol):
+        return _of_slides(protocol, data, root, systems, overrides, jobs, out)
     spec = load_protocol(protocol, overrides)
-    _check_folder(out, spec)
+    check_folder(out, spec.name)
     grid = lay_out(spec, data=data, root=Path(root), systems=systems, out=out)
     waiting = [job for job in grid.jobs if not job.is_done()]
     log.info(_estimate(spec, grid, waiting, jobs))
@@ -149,13 +155,32 @@ def benchmark(
     return found
 
 
-def _check_folder(out: Path, spec: Protocol) -> None:
-    """Refuse a folder that holds something else."""
+def _of_slides(
+    protocol: str | os.PathLike,
+    data: str | os.PathLike | None,
+    root: str | os.PathLike,
+    systems: Sequence[str] | None,
+    overrides: Sequence[str],
+    jobs: int,
+    out: Path,
+) -> "SpotBenchmark":
+    from seq2expr.bench.spot_run import benchmark_spots  # which reads this module
+
+    if data is not None:
+        raise UserError(f"The blocks of {protocol} name their data sets; leave out --data.")
+    return benchmark_spots(
+        load_protocol(protocol, overrides, kind=SpotProtocol),
+        root=Path(root), systems=systems, at_once=jobs, out=out,
+    )  # fmt: skip
+
+
+def check_folder(out: Path, name: str) -> None:
+    """Refuse a folder that holds something else than a benchmark of this protocol."""
     known = out / "protocol.yaml"
     if known.is_file():
-        if (name := read_yaml(known).get("name")) != spec.name:
+        if (other := read_yaml(known).get("name")) != name:
             raise UserError(
-                f"{out} holds a benchmark of the protocol {name!r}. Choose another --out."
+                f"{out} holds a benchmark of the protocol {other!r}. Choose another --out."
             )
     elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is no benchmark; choose another --out, or empty it.")
@@ -200,7 +225,7 @@ def _entry(row: str, spec: Protocol, grid: Grid, failures: dict[str, str]) -> En
             notes.append(f"seed {seed} failed: {broken[0]}")
             continue
         predicted[seed] = _pooled(jobs, grid)
-        sizes += [_parameters(job.run) for job in jobs]
+        sizes += [job.parameters() for job in jobs]
     size = float(np.mean(sizes)) if sizes else np.nan
     return Entry(row, "row", predicted, size, "; ".join(notes))
 
@@ -227,15 +252,6 @@ def _controls(
 def _pooled(jobs: Sequence[Job], grid: Grid) -> pd.DataFrame:
     """Put the test genes of all folds into the order of the truth."""
     return pd.concat([job.read() for job in jobs]).loc[grid.genes.truth.index]
-
-
-def _parameters(run: Path) -> float:
-    """Return how many parameters were trained in a run, over all its members."""
-    summary = run / "metrics.json"
-    if not summary.is_file():  # a run may be removed once its test genes are predicted
-        return np.nan
-    members = json.loads(summary.read_text(encoding="utf-8"))["members"]
-    return float(sum(member["parameters"] for member in members))
 
 
 def _write(found: Benchmark) -> None:

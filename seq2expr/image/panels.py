@@ -203,11 +203,11 @@ def _statistics(slides: Slides) -> tuple[pd.DataFrame, int]:
         index=pd.Index(common, name="gene_id"),
     )
     table = table[table["mean"] > 0].copy()
-    table["hvg"] = _normalised_dispersion(table["mean"], table["variance"])
+    table["hvg"] = normalised_dispersion(table["mean"], table["variance"])
     return table.round(9), n_spots  # so that no tie is decided by the order of summation
 
 
-def _normalised_dispersion(mean: pd.Series, variance: pd.Series) -> pd.Series:
+def normalised_dispersion(mean: pd.Series, variance: pd.Series) -> pd.Series:
     """Compare ln(variance / mean) within bins of the mean; a constant gene comes last."""
     with np.errstate(divide="ignore"):
         dispersion = np.log(variance / mean)

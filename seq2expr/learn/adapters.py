@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from seq2expr.config import AdapterConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import find_run, load_base, quiet, run_config
-from seq2expr.model.batch import Batch
 from seq2expr.model.system import Ensemble, System, SystemConfig, members_of
 from seq2expr.store import digest, file_digest, write_text
 
@@ -275,7 +274,7 @@ def merge_adapter(
 ) -> Merged:
     """Write an adapter, merged into its base, as an ordinary run.
 
-    Predictions on random windows are compared before and after, in float32 and under bfloat16
+    Predictions of random inputs are compared before and after, in float32 and under bfloat16
     autocast, where the merged weights are rounded as one.
 
     Parameters
@@ -333,23 +332,8 @@ def _merge(model: PeftModel) -> System:
 
 
 def _probe(system: System, rows: int = 4) -> dict[str, torch.Tensor]:
-    """Predict random windows in both precisions, in standard deviations of the targets."""
-    config = system.config
-    random = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 4, (rows, config.width), generator=random, dtype=torch.uint8)
-    batch = Batch(ids=[str(row) for row in range(rows)], codes=codes)
-    if config.tracks:
-        shape = (rows, len(config.tracks), config.width // config.bin_bp)
-        batch["signal"] = 3 * torch.rand(shape, generator=random)
-        batch["signal_scale"] = torch.ones(len(config.tracks))
-    if config.n_features:
-        batch["features"] = torch.randn((rows, config.n_features), generator=random)
-    if "trunk" in system.needs:
-        shape = (rows, *system.trunk.layout[:2])
-        batch["trunk"] = torch.randn(shape, generator=random)
-    if "text" in system.needs:
-        batch["text"] = torch.randint(0, config.llm_words, (rows, 16), generator=random)
-        batch["text_mask"] = torch.ones_like(batch.text, dtype=torch.bool)
+    """Predict random inputs in both precisions, in standard deviations of the targets."""
+    batch = system.example(rows, torch.Generator().manual_seed(0))
     answers = {}
     for name in TOLERANCE:
         kind = getattr(torch, name)

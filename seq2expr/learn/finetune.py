@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import PartialState
@@ -46,11 +46,30 @@ from seq2expr.learn.train import (
     open_training_extras,
     open_windows,
 )
-from seq2expr.model.system import System, members_of, system_class
-from seq2expr.model.window_system import WindowConfig
+from seq2expr.model.system import System, SystemConfig, members_of, system_class
 from seq2expr.schema import DataConfig, FeatureSpec
 
 log = logging.getLogger(__name__)
+
+
+class Tuning(NamedTuple):
+    """What fine-tuning does otherwise for genes and for spots.
+
+    Attributes
+    ----------
+    as_base
+        Reduces a data set to what the base reads; takes data, configuration, base and root.
+    check_unseen
+        Refuses to test on what the base was trained on (see
+        :func:`seq2expr.learn.seen.check_unseen`).
+    prepare
+        Opens the data, and says how a member is built from that of the base.
+    """
+
+    as_base: Callable[[RunConfig, Path, Path], Any]
+    check_unseen: Callable[..., bool]
+    prepare: Callable[[RunConfig, Path, Path], Task]
+
 
 ADAPTERS = get_args(AdapterKind)
 """Adapters by the name used on the command line."""
@@ -65,6 +84,7 @@ def finetune(
     root: str | os.PathLike = ".",
     overrides: Sequence[str] = (),
     merge: str | os.PathLike | None = None,
+    tuning: "Tuning | None" = None,
 ) -> Path:
     """Take a trained run to the targets of another data set.
 
@@ -95,6 +115,8 @@ def finetune(
     merge
         Also write the adapter, merged into its base, as an ordinary run in this directory (see
         :func:`seq2expr.learn.adapters.merge_adapter`).
+    tuning
+        How it is done for the data at hand; for genes by default.
 
     Returns
     -------
@@ -118,15 +140,17 @@ def finetune(
             "fine-tune that."
         )
     place = str(base) if Path(run).exists() else str(run)
-    config = _configure(base, data, root, {"kind": adapter, "base": place}, overrides)
+    tuning = tuning or GENES
+    config = _configure(base, data, {"kind": adapter, "base": place}, overrides)
+    config = config.model_copy(update={"data": tuning.as_base(config, base, root)})
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         finished = is_finished(out, config)
     if finished:
         log.info("%s is finished already; remove it to fine-tune again.", out)
     else:
-        leaky = check_unseen(_home(base), config.data, root, what="base")
-        task = _prepare(config, base, root)
+        leaky = tuning.check_unseen(_home(base), config.data, root, what="base")
+        task = tuning.prepare(config, base, root)
         cost = measure(task)  # refuses an adapter that does not fit before anything is written
         if state.is_main_process:
             log.info("%s", cost.describe(task))
@@ -152,7 +176,6 @@ def _home(base: Path) -> Path:
 def _configure(
     base: Path,
     data: str | os.PathLike,
-    root: Path,
     adapter: dict[str, str],
     overrides: Sequence[str],
 ) -> RunConfig:
@@ -175,15 +198,17 @@ def _configure(
             f"train.members is {config.train.members}; the base has {known['train']['members']}, "
             "each of which is fine-tuned. Leave it out."
         )
-    return config.model_copy(update={"data": _as_base(config.data, _geometry(config, base), root)})
+    return config
 
 
-def _geometry(config: RunConfig, base: Path) -> WindowConfig:
+def geometry_of(config: RunConfig, base: Path) -> Any:
+    """Read the configuration of the system of a base."""
     return system_class(config.system).config_class.from_pretrained(members_of(base)[0])
 
 
-def _as_base(data: DataConfig, geometry: WindowConfig, root: Path) -> DataConfig:
+def _as_base(config: RunConfig, base: Path, root: Path) -> DataConfig:
     """Reduce a data set to the inputs that the base reads."""
+    data, geometry = config.data, geometry_of(config, base)
     wanted = list(geometry.tracks or [])
     given = [*data.tracks, *(["contacts"] if data.contacts else [])]
     missing = [name for name in wanted if name not in given]
@@ -213,7 +238,7 @@ def _as_base(data: DataConfig, geometry: WindowConfig, root: Path) -> DataConfig
 def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     """Open the data, and say how a member is built from that of the base."""
     members = members_of(base)
-    geometry = _geometry(config, base)
+    geometry = geometry_of(config, base)
     data, windows = open_windows(config.data, root, geometry)
     fitted = fit_targets(config, data)
     features = None
@@ -229,10 +254,29 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     return Task(
         config=config,
         material=GeneMaterial(config, data, windows, features, extras),
-        build=partial(_build, members, config, renewed),
-        save=partial(_save, config.adapter.base),
-        bases=[{"path": str(place), "weights": weights_digest(place)} for place in members],
+        **of_base(members, config, renewed),
     )
+
+
+def of_base(
+    members: Sequence[Path], config: RunConfig, renewed: SystemConfig | None
+) -> dict[str, Any]:
+    """Return what a task says of its members, which start from those of a base.
+
+    Parameters
+    ----------
+    members
+        Directories of the members of the base.
+    config
+        The effective configuration.
+    renewed
+        Configuration with new targets; None where they are the base's.
+    """
+    return {
+        "build": partial(build_member, members, config, renewed),
+        "save": partial(_save, config.adapter.base),
+        "bases": [{"path": str(place), "weights": weights_digest(place)} for place in members],
+    }
 
 
 def _share_trunk(config: RunConfig, members: Sequence[Path]) -> bool:
@@ -242,8 +286,8 @@ def _share_trunk(config: RunConfig, members: Sequence[Path]) -> bool:
     return len({trunk and trunk["identity"] for trunk in trunks}) == 1
 
 
-def _build(
-    members: Sequence[Path], config: RunConfig, renewed: WindowConfig | None, member: int
+def build_member(
+    members: Sequence[Path], config: RunConfig, renewed: SystemConfig | None, member: int
 ) -> System | PeftModel:
     """Load a member of the base and make ready what is trained of it."""
     settings = config.adapter
@@ -256,8 +300,9 @@ def _build(
     if settings.kind == "full":
         system.frozen_statistics = True
         system.thaw()  # which notes in the configuration what a checkpoint must hold
-    if system.profile_head is not None and not config.data.target_tracks:
-        system.profile_head.requires_grad_(False)
+    profile_head = getattr(system, "profile_head", None)
+    if profile_head is not None and not config.data.target_tracks:
+        profile_head.requires_grad_(False)
     return model
 
 
@@ -267,3 +312,6 @@ def _save(base: str, model: System | PeftModel, place: Path) -> None:
         save_adapter(model, place, base=model.name_or_path if local else base)
     else:
         model.save_pretrained(place)
+
+
+GENES = Tuning(_as_base, check_unseen, _prepare)

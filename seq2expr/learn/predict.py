@@ -40,6 +40,10 @@ class Predictions(NamedTuple):
     skipped: pd.DataFrame
     padded: int
 
+    def describe(self, out: Path) -> str:
+        """Say in words what was predicted."""
+        return f"{self.n:,} genes into {out} ({self.padded:,} windows pass a chromosome end)"
+
 
 def predict(
     run: str | os.PathLike,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seq2expr.errors import Seq2ExprWarning, UserError
 from seq2expr.model.batch import Batch
@@ -165,7 +165,7 @@ class TrunkCache:
             if not todo:
                 return
             self._announce(len(todo), n_windows, what)
-            with _on_gpu(self.trunk), self.trunk.session() as compute:
+            with on_gpu(self.trunk), self.trunk.session() as compute:
                 rows = self._computed(batches, todo, compute)
                 bar = progress(rows, what=what, total=len(todo), unit="window")
                 self._keep(bar, check=compute)
@@ -340,17 +340,17 @@ class TrunkCache:
 
 
 @contextlib.contextmanager
-def _on_gpu(trunk: Trunk) -> Iterator[None]:
-    """Take a trunk to the GPU, where there is one, and back."""
-    home = next((parameter.device for parameter in trunk.parameters()), None)
+def on_gpu(model: nn.Module) -> Iterator[None]:
+    """Take a model to the GPU, where there is one, and back."""
+    home = next((parameter.device for parameter in model.parameters()), None)
     away = home is not None and home.type == "cpu" and torch.cuda.is_available()
     if away:
-        trunk.to("cuda")
+        model.to("cuda")
     try:
         yield
     finally:
         if away:
-            trunk.to(home)
+            model.to(home)
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

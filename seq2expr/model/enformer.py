@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
-from seq2expr.model.hub import fetch_model
+from seq2expr.model.hub import read_weights, weights_file
 from seq2expr.model.layers import one_hot
 from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_kind
 from seq2expr.store import file_digest
@@ -76,7 +75,7 @@ class EnformerTrunk(Trunk):
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Check the settings, and hash the weights."""
         given = settings_of_kind(setting, required=("weights",), optional=_OPTIONS)
-        weights = _weights_file(given["weights"])
+        weights = weights_file(given["weights"])
         size = {**PUBLISHED, **(given["model"] or {})}
         if size.keys() != PUBLISHED.keys():
             raise UserError(
@@ -189,11 +188,7 @@ def load_weights(network: nn.Sequential, path: Path) -> None:
     UserError
         When the checkpoint is not of this network.
     """
-    if path.suffix == ".safetensors":
-        saved = load_file(path)
-    else:
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    wanted = network.state_dict()
+    saved, wanted = read_weights(path), network.state_dict()
     found = {}
     for name, value in saved.items():
         part, _, rest = name.removeprefix("_trunk.").partition(".")
@@ -207,20 +202,6 @@ def load_weights(network: nn.Sequential, path: Path) -> None:
             f"or of another shape, such as {wrong[0]}. Check trunk.model and the file."
         )
     network.load_state_dict(found, assign=True)
-
-
-def _weights_file(weights: str | Path) -> Path:
-    """Find the file of weights by its own path, its directory, or a hub id."""
-    path = Path(weights)
-    if path.is_file():
-        return path.resolve()
-    folder = fetch_model(str(weights))
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return (folder / name).resolve()
-    raise UserError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin; name the file of weights."
-    )
 
 
 TRUNK = EnformerTrunk

@@ -1,6 +1,15 @@
 """Models of the hub that others trained: found in a directory, in the hub's cache, or fetched."""
 
+import contextlib
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
 
@@ -49,3 +58,53 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
             f"{name!r} is neither a directory nor a model that can be fetched from the hub: "
             f"{type(error).__name__}. Check the path, or the hub id and the connection."
         ) from error
+
+
+def weights_file(weights: str | Path) -> Path:
+    """Find the file of weights by its own path, its directory, or a hub id.
+
+    Raises
+    ------
+    UserError
+        When there is none.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path.resolve()
+    folder = fetch_model(str(weights))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return (folder / name).resolve()
+    raise UserError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin; name the file of weights."
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights; pickled code is not run.
+
+    Raises
+    ------
+    UserError
+        When it is none.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}). Give a .safetensors file "
+            "or a .pth file that holds tensors only."
+        ) from error
+
+
+@contextlib.contextmanager
+def no_report() -> Iterator[None]:
+    """Keep transformers from listing what is left out: the output layer, layers not asked for."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)

@@ -5,10 +5,9 @@ keys and values of a prompt are then constants: they are computed once per disti
 step runs over the vectors alone.
 """
 
-import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
+from seq2expr.model.hub import no_report
 from seq2expr.text.tokens import left_padded
 
 _MIB = 2**20
@@ -307,7 +306,7 @@ def open_language(
             return AutoModel.from_config(config, dtype=getattr(torch, dtype))
     known = {"config": config, "revision": revision or "main", "dtype": getattr(torch, dtype)}
     try:
-        with _no_report():
+        with no_report():
             body, found = AutoModel.from_pretrained(name, output_loading_info=True, **known)
     except (OSError, ValueError) as error:
         raise _absent(name, error) from error
@@ -317,17 +316,6 @@ def open_language(
             f"{len(found['missing_keys']) - 1} others). Save it again, or download it again."
         )
     return body
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from listing what is left out: the output layer, layers not asked for."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
 
 
 def empty_language(known: Mapping[str, Any], dtype: str) -> PreTrainedModel:

@@ -115,6 +115,10 @@ class System(PreTrainedModel):
     def claim(self, *parts: str) -> None:
         """Make parts that belong to others part of the checkpoint, because they were changed."""
 
+    def example(self, rows: int, random: torch.Generator) -> Batch:
+        """Return a batch of random inputs, on the CPU."""
+        raise NotImplementedError
+
     def encode(self, batch: Batch) -> Encoded:
         """Turn a batch into site embeddings (each system's own)."""
         raise NotImplementedError

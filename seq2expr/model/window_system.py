@@ -132,6 +132,24 @@ class WindowSystem(System):
     def check_text(self, longest: int) -> None:
         """Refuse prompts of which the longest has so many tokens (``UserError``)."""
 
+    def example(self, rows: int, random: torch.Generator) -> Batch:
+        """Return a batch of random windows, on the CPU."""
+        config = self.config
+        codes = torch.randint(0, 4, (rows, config.width), generator=random, dtype=torch.uint8)
+        batch = Batch(ids=[str(row) for row in range(rows)], codes=codes)
+        if config.tracks:
+            shape = (rows, len(config.tracks), config.width // config.bin_bp)
+            batch["signal"] = 3 * torch.rand(shape, generator=random)
+            batch["signal_scale"] = torch.ones(len(config.tracks))
+        if config.n_features:
+            batch["features"] = torch.randn((rows, config.n_features), generator=random)
+        if "trunk" in self.needs:
+            batch["trunk"] = torch.randn((rows, *self.trunk.layout[:2]), generator=random)
+        if "text" in self.needs:
+            batch["text"] = torch.randint(0, config.llm_words, (rows, 16), generator=random)
+            batch["text_mask"] = torch.ones_like(batch.text, dtype=torch.bool)
+        return batch
+
     def read_out(
         self, encoded: Encoded, batch: Batch, losses: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,0 +1,169 @@
+"""The base of the systems that read H&E patches around spots."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from seq2expr.errors import UserError
+from seq2expr.model.batch import Batch
+from seq2expr.model.encoders import PatchEncoder, build_encoder, resolve_encoder
+from seq2expr.model.system import System, SystemConfig, is_added
+
+Batches = Callable[[str], Iterable[Batch]]
+"""Batches of ``"train"`` or ``"valid"`` rows, not augmented, a section after the other."""
+
+
+class SpotConfig(SystemConfig):
+    """What a system knows of its patches, beside its targets.
+
+    Parameters
+    ----------
+    encoder
+        Name of an image encoder, or its settings (see
+        :func:`seq2expr.model.encoders.resolve_encoder`).
+    patch_um
+        Side of the patch on the tissue, in µm.
+    patch_px
+        Side of the patch in pixels, after resampling; ``patch_um / patch_px`` is its µm per pixel.
+    token_mean, token_sd
+        Of each feature of a frozen encoder over training spots [D].
+    label
+        Label card of the targets (see :mod:`seq2expr.image.labels`).
+    panel
+        How the genes were chosen on the training spots, with its sublists (see
+        :mod:`seq2expr.image.panels`).
+    expression_label
+        Label card of the expression that is read in training; None: that of the targets.
+    expression_mean, expression_sd
+        Of each gene of that expression over training spots [G].
+    """
+
+    fitted: ClassVar[tuple[str, ...]] = (
+        *SystemConfig.fitted,
+        *("token_mean", "token_sd", "label", "panel", "expression_mean", "expression_sd"),
+    )
+
+    encoder: str | dict = "colour"
+    patch_um: float = 112.0
+    patch_px: int = 224
+    token_mean: list[float] | None = None
+    token_sd: list[float] | None = None
+    label: str | None = None
+    panel: dict | None = None
+    expression_label: str | None = None
+    expression_mean: list[float] | None = None
+    expression_sd: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("patch_um", "patch_px"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be above 0.")
+        self.encoder = resolve_encoder(self.encoder)
+        super().__post_init__(**kwargs)
+
+
+class SpotSystem(System):
+    """A system that reads patches.
+
+    Subclasses call :meth:`build_encoder` first, and read :meth:`tokens` in ``encode``.
+    """
+
+    config_class = SpotConfig
+    main_input_name = "patch"
+    flags: ClassVar[dict[str, str]] = {
+        "patch": "--slide IMAGE with --spots FILE or --grid-um",
+        "expression": "data with measured expression",
+    }
+    selects: ClassVar[str] = "mse"
+    """What the best epoch is chosen by on validation spots: ``mse`` of the head's answer, or the
+    whole ``loss``."""
+    standardised: ClassVar[bool] = True
+    """Whether tokens are scaled by their mean and spread over training spots."""
+    reads_expression: ClassVar[bool] = False
+    """Whether training reads the expression of its spots as an input."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a batch that a prediction reads."""
+        return ("patch",)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "SpotSystem":
+        """Load a checkpoint, and the encoder that it names where it does not hold it."""
+        system = super().from_pretrained(*args, **kwargs)
+        if system.encoder.stored:
+            system.encoder.settle()
+        else:
+            system.encoder = build_encoder(system.config.encoder)
+        return system.train(system.training)
+
+    def build_encoder(self) -> PatchEncoder:
+        """Make the image encoder and the scaling of its tokens; return the encoder."""
+        loading = torch.empty(0).is_meta  # from_pretrained fills what is built here
+        self.encoder = build_encoder(self.config.encoder, weights=not loading)
+        self.register_state_dict_post_hook(_leave_out_others)
+        width = self.encoder.layout[1]
+        mean, sd = self.config.token_mean, self.config.token_sd
+        self.register_buffer("token_mean", torch.tensor(mean or [0.0] * width))
+        self.register_buffer("token_sd", torch.tensor(sd or [1.0] * width))
+        return self.encoder
+
+    def tokens(self, batch: Batch) -> Tensor:
+        """Return the standardised tokens of each patch [B, P, D].
+
+        Features of a frozen encoder are taken from ``spot_tokens`` where they are there.
+        """
+        raw = batch.spot_tokens
+        if raw is None:
+            raw = self.encoder(batch.patch)
+        return (raw.float() - self.token_mean) / self.token_sd
+
+    def prepare(self, batches: Batches) -> None:
+        """Look at the training rows before training, without gradients (see :meth:`settle`)."""
+
+    def example(self, rows: int, random: torch.Generator) -> Batch:
+        """Return a batch of random patches, on the CPU."""
+        shape = (rows, self.config.patch_px, self.config.patch_px, 3)
+        patch = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        return Batch(ids=[str(row) for row in range(rows)], patch=patch)
+
+    def claim(self, *parts: str) -> None:
+        """Make the encoder part of the checkpoint: it is not that of its name any more."""
+        if "encoder" in parts:
+            self.encoder.claim()
+            self.config.encoder = self.encoder.resolved
+
+    def thaw(self) -> None:
+        """Let the encoder train, too."""
+        self.encoder.resolved["train"] = True
+        self.encoder.settle()
+        self.claim("encoder")
+
+    def settle(self, batches: Batches) -> None:
+        """Fit what follows the weights: keys of a retrieval, a ridge, the best restart.
+
+        It is called once, after training, with the weights that are kept, without gradients.
+
+        Parameters
+        ----------
+        batches
+            Gives the batches of ``"train"`` or ``"valid"`` rows, with targets, and with
+            ``expression`` where ``reads_expression``.
+        """
+
+    def _check(self, batch: Batch) -> None:
+        if batch.spot_tokens is None or "patch" not in self.needs:
+            super()._check(batch)
+
+
+def _leave_out_others(
+    system: SpotSystem, state: dict[str, Any], prefix: str, _: Mapping[str, Any]
+) -> None:
+    """Take out of a state dict an encoder that belongs to others: it is loaded by name."""
+    if system.encoder.stored:
+        return
+    for name in list(state):
+        if name.startswith(f"{prefix}encoder.") and not is_added(name):
+            del state[name]

@@ -1,0 +1,384 @@
+"""Score predictions of spots against measurements, with every control on the same spots."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from seq2expr.config import RunConfig
+from seq2expr.errors import UserError
+from seq2expr.image.labels import label_card
+from seq2expr.image.panels import Panel
+from seq2expr.image.patches import PatchSpec
+from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
+from seq2expr.learn.tables import check_out, write_tsv
+from seq2expr.model.system import members_in
+from seq2expr.schema import SpotDataConfig
+from seq2expr.spots.controls import SpotRows, controls
+from seq2expr.spots.data import (
+    SAME_SECTIONS,
+    SpotData,
+    SpotSlide,
+    open_slide_spots,
+    open_spots,
+    quality,
+    read_spot_data,
+)
+from seq2expr.spots.metrics import PCC, Section
+from seq2expr.spots.predict import PREDICTED, all_answers, open_predictor, to_adata
+from seq2expr.spots.rivals import Chosen, label_of, spot_rows
+from seq2expr.spots.scores import Scores, score
+
+if TYPE_CHECKING:  # anndata takes a second to import
+    from anndata import AnnData
+
+MODEL = "model"
+"""Name of the evaluated predictions in every table."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpotEvaluation:
+    """Scores of a model and its controls on the test slides.
+
+    Attributes
+    ----------
+    scores
+        Of every section, and over sections and patients.
+    label
+        What the labels are, in one line.
+    missing
+        Controls that could not be given, with the reason.
+    notes
+        What a reader must know: leaky split, spots left out by reason.
+    """
+
+    scores: Scores
+    label: str
+    missing: Mapping[str, str]
+    notes: Sequence[str]
+
+    def summary(self, metric: str = PCC) -> str:
+        """Return the model and its controls as text, best first."""
+        lines = [f"labels: {self.label}", *self.notes, self.scores.text(metric)]
+        lines += [f"  {name:<20} not given: {why}" for name, why in self.missing.items()]
+        return "\n".join(lines)
+
+    def write(self, out: str | os.PathLike) -> None:
+        """Write the summary as TSV, and the table of sections to ``<out>.sections.tsv``."""
+        out = Path(out)
+        write_tsv(out, self.scores.summary)
+        write_tsv(out.with_name(out.name + ".sections.tsv"), self.scores.sections)
+
+
+def evaluate_spots(
+    what: str | os.PathLike,
+    *,
+    truth: str | os.PathLike | None = None,
+    run: str | os.PathLike | None = None,
+    data: str | os.PathLike | None = None,
+    root: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+) -> SpotEvaluation:
+    """Score a run on slides, or predictions of spots, beside the controls.
+
+    Parameters
+    ----------
+    what
+        A run, or an h5ad from :func:`seq2expr.predict`.
+    truth
+        AnnData with raw counts of the predicted spots, by the same names; without it the
+        measurements are those of the test slides of the data.
+    run
+        The run that made the predictions, where ``what`` is an h5ad. Its training slides are
+        what controls are fitted on, where they still are.
+    data, root
+        Data file of slides to test on (its test slides, or all where it names none), and what its
+        paths are relative to; by default those of the run.
+    out
+        Where to write the scores (``.tsv``).
+    seed
+        Of the bootstrap and of the controls.
+
+    Raises
+    ------
+    UserError
+        When nothing can be scored.
+    """
+    if out is not None:
+        check_out(out, [".tsv"])
+    is_table = Path(what).is_file()
+    place = find_run(run if is_table else what) if not is_table or run is not None else None
+    source = _Source.open(place, data, root)
+    predicted = _read_h5ad(Path(what)) if is_table else None
+    if predicted is not None and truth is None and source.test is None:
+        raise UserError("Name the measurements: --truth H5AD, or --data FILE with test slides.")
+    slides = source.test if truth is None else _truth_slides(Path(truth), predicted)
+    if predicted is None:
+        predicted = source.predict(slides)
+    elif truth is None:
+        slides = _predicted_slides(predicted, slides)
+    found = _evaluate(predicted, slides, source, seed)
+    if out is not None:
+        found.write(out)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What an evaluation starts from.
+
+    Parameters
+    ----------
+    run
+        The run; None where only predictions are given.
+    config
+        Its configuration.
+    trained
+        Its slides, where they can be read.
+    test
+        Slides to test on, where a data set names them.
+    """
+
+    run: Path | None
+    config: RunConfig | None
+    trained: SpotData | None
+    test: list[SpotSlide] | None
+
+    @classmethod
+    def open(
+        cls, run: Path | None, data: str | os.PathLike | None, root: str | os.PathLike | None
+    ) -> "_Source":
+        config = run_config(run) if run and (run / "run.yaml").is_file() else None
+        trained, test = None, None
+        if config is not None:
+            home = Path(root or ".")
+            if (run / "manifest.json").is_file() and (root is None or data is not None):
+                home = Path(run_manifest(run)["root"])
+            if all(_is_there(spec, home) for spec in config.data.slides.values()):
+                trained = open_spots(config.data, home)
+        if data is not None:
+            given = read_spot_data(data)
+            names = given.split.test or list(given.slides)
+            folder = Path(root or ".")
+            test = [open_slide_spots(name, given.slides[name], folder) for name in names]
+        elif trained is not None:
+            test = [trained.slides[name] for name in trained.split.test] or None
+        return cls(run, config, trained, test)
+
+    def predict(self, slides: Sequence[SpotSlide] | None) -> "AnnData":
+        """Let the run predict the test slides."""
+        if not slides:
+            raise UserError(
+                f"{self.run} names no test slide whose files are there. Name slides to test on "
+                "with --data FILE --root DIR."
+            )
+        predictor = open_predictor(load_run(self.run), slides)
+        genes = list(predictor.model.config.targets)
+        return to_adata(predictor, genes, all_answers(predictor, genes))
+
+
+def _is_there(spec, home: Path) -> bool:
+    paths = (spec.image, spec.counts, spec.spots, spec.space_ranger, spec.hest, spec.h5ad)
+    return all((home / path).exists() for path in paths if path is not None)
+
+
+def _evaluate(
+    predicted: "AnnData", slides: Sequence[SpotSlide], source: _Source, seed: int
+) -> SpotEvaluation:
+    about = dict(predicted.uns.get("seq2expr", {}))
+    card = label_card(str(about.get("label", "cp10k")))
+    panel = Panel.of(predicted.var_names.tolist(), str(about.get("panel", "listed")))
+    qc = source.config.data.qc if source.config else SpotDataConfig.model_fields["qc"].default
+    notes, test, answers = [], [], {}
+    for slide in slides:
+        enough = quality(slide, qc)
+        rows, predictions = _matched(predicted, slide, enough.keep, several=len(slides) > 1)
+        notes += [
+            f"{slide.name}: {n:,} spots left out, {why}" for why, n in enough.left_out.items()
+        ]
+        absent = int(enough.keep.sum()) - len(rows)
+        notes += [f"{slide.name}: {absent:,} spots not predicted"] if absent else []
+        labels = card.transform(
+            slide.counts[rows], panel.columns(slide.genes), grid=slide.grid[rows], raw=slide.raw
+        )
+        test.append(Chosen(slide, rows, labels))
+        for name, values in predictions.items():
+            answers.setdefault(name, []).append(values)
+    notes += _leaks(source, slides)
+    train, sublists = _training(source, panel, about)
+    pictures = all(part.slide.image.is_file() for part in test)
+    spec = _spec(about, source) if pictures else None
+    encoder = _encoder(source) if train is not None else None
+    beside = controls(
+        None if train is None else spot_rows(train, spec=spec, encoder=encoder),
+        rows_of_test := spot_rows(test, spec=spec, encoder=encoder, counts=True),
+        label=label_of(card, panel, test),
+        seed=seed,
+    )
+    named = {_name(layer): np.concatenate(values) for layer, values in answers.items()}
+    sections = _sections(test, rows_of_test, named | beside.predictions, beside.numbers)
+    scores = score(
+        sections,
+        genes=panel.genes,
+        sublists=sublists,
+        train_mean=beside.train_mean,
+        model=MODEL,
+        seed=seed,
+    )
+    described = card.describe([len(slide.genes) for slide in slides])
+    return SpotEvaluation(scores, described, beside.missing, notes)
+
+
+def _sections(
+    test: Sequence[Chosen],
+    rows: SpotRows,
+    predicted: Mapping[str, np.ndarray],
+    halves: Mapping[str, np.ndarray],
+) -> list[Section]:
+    sections = []
+    for name, where in rows.slides():
+        part = next(part for part in test if part.slide.name == name)
+        sections.append(
+            Section(
+                slide_id=name,
+                patient_id=part.slide.patient,
+                truth=part.targets,
+                predicted={key: values[where] for key, values in predicted.items()},
+                xy_um=rows.xy_um[where],
+                layout=part.slide.layout,
+                grid=rows.grid[where],
+                total=None if rows.total is None else rows.total[where],
+                halves=halves.get(name),
+            )
+        )
+    return sections
+
+
+def _training(
+    source: _Source, panel: Panel, about: Mapping
+) -> tuple[list[Chosen] | None, dict[str, tuple[str, ...]]]:
+    """Return the training spots of the run, where they can be read, and lists of the panel."""
+    data = source.trained
+    if data is None:
+        return None, {}
+    rows = data.rows("train")
+    labels = data.labels(panel)
+    chosen = []
+    table = data.table.iloc[rows]
+    for name, spots in table.groupby("slide", sort=False):
+        chosen.append(
+            Chosen(data.slides[name], spots["row"].to_numpy(), labels[spots.index.to_numpy()])
+        )
+    fitted = Panel.from_dict(members_in(load_run(source.run))[0].config.panel)
+    known = set(panel.genes)
+    lists = {
+        name: tuple(g for g in genes if g in known) for name, genes in fitted.sublists.items()
+    }
+    return chosen, {name: genes for name, genes in lists.items() if genes}
+
+
+def _encoder(source: _Source):
+    return members_in(load_run(source.run))[0].encoder
+
+
+def _spec(about: Mapping, source: _Source) -> PatchSpec:
+    if source.run is not None:
+        config = members_in(load_run(source.run))[0].config
+        return PatchSpec(um=config.patch_um, px=config.patch_px)
+    um = float(about.get("patch_um", 112.0))
+    return PatchSpec(um=um, px=224)
+
+
+def _leaks(source: _Source, slides: Sequence[SpotSlide]) -> list[str]:
+    """Say which test slides are not independent of what the run was trained on."""
+    if source.config is None:
+        return ["It is not known what the model was trained on; the split is not checked."]
+    split, data = source.config.data.split, source.config.data
+    if split.blocks is not None:
+        return [f"leaky: {SAME_SECTIONS}"]
+    trained = {n: s.patient or "" for n, s in data.slides.items() if n not in split.test}
+    notes = []
+    for slide in slides:
+        if slide.name in trained:
+            notes.append(f"leaky: {slide.name} was trained on")
+        elif not slide.patient or not all(trained.values()):
+            notes.append(f"leaky: a patient of {slide.name} or of the training is unknown")
+        elif slide.patient in trained.values():
+            notes.append(f"leaky: patient {slide.patient} of {slide.name} was trained on")
+    return notes
+
+
+def _matched(
+    predicted: "AnnData", slide: SpotSlide, keep: np.ndarray, *, several: bool
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the rows of a slide that count and are predicted, and their predictions."""
+    ids = (predicted.obs["slide_id"].astype(str) + "/").to_numpy() if several else ""
+    names = pd.Index(predicted.obs_names.to_numpy().astype(str))
+    if several and not names.str.contains("/").all():
+        names = pd.Index(ids + names.to_numpy())
+    prefix = f"{slide.name}/"
+    if not several:
+        names = pd.Index([name.removeprefix(prefix) for name in names])
+        prefix = ""
+    at = names.get_indexer([f"{prefix}{spot}" for spot in slide.adata.obs_names])
+    rows = np.flatnonzero(keep & (at >= 0))
+    if not len(rows):
+        raise UserError(
+            f"No spot of {slide.name}, such as {slide.adata.obs_names[0]!r}, is among the "
+            f"predicted ones, such as {names[0]!r}, with enough counts. Give the measurements of "
+            "the same spots."
+        )
+    layers = {n: np.asarray(v)[at[rows]] for n, v in predicted.layers.items() if _is_answer(n)}
+    return rows, {name: values.astype(np.float64) for name, values in layers.items()}
+
+
+def _is_answer(layer: str) -> bool:
+    return layer == PREDICTED or layer.startswith(f"{PREDICTED}_")
+
+
+def _name(layer: str) -> str:
+    return MODEL if layer == PREDICTED else f"{MODEL}: {layer.removeprefix(PREDICTED + '_')}"
+
+
+def _read_h5ad(path: Path) -> "AnnData":
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is no h5ad: {error}. Give an AnnData file.") from error
+
+
+def _predicted_slides(predicted: "AnnData", slides: Sequence[SpotSlide]) -> list[SpotSlide]:
+    """Return the slides of a data set that are predicted."""
+    known = set(predicted.obs["slide_id"].astype(str))
+    found = [slide for slide in slides if slide.name in known]
+    if not found:
+        raise UserError(
+            f"The predictions are of {', '.join(sorted(known))}, and the data set tests on "
+            f"{', '.join(slide.name for slide in slides)}. Name the slide with --slide-id when "
+            "predicting."
+        )
+    return found
+
+
+def _truth_slides(path: Path, predicted: "AnnData | None") -> list[SpotSlide]:
+    """Read measurements as slides, with scale and picture from the predictions."""
+    from seq2expr.image.spots import read_spots
+
+    if predicted is None:
+        raise UserError("--truth goes with predictions; a run is scored on the slides of --data.")
+    names = predicted.obs["slide_id"].astype(str).unique().tolist()
+    scales = predicted.uns["seq2expr"]["mpp"]
+    slides = []
+    for name in names:
+        about = predicted.uns["spatial"][name]["metadata"]
+        image = Path(about["source_image_path"])
+        adata = read_spots(name, image=image, h5ad=path, mpp=float(scales[name]))
+        slides.append(SpotSlide(name, str(adata.obs["patient_id"].iloc[0]), image, adata))
+    return slides

@@ -1,0 +1,346 @@
+"""Predict the expression of every spot of a slide: a picture and positions in, an AnnData out."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from seq2expr.errors import UserError
+from seq2expr.image.patches import PatchSpec, inside_image
+from seq2expr.image.slides import open_slide
+from seq2expr.image.tissue import lay_grid, tissue_mask
+from seq2expr.learn.chunks import check_ids, in_chunks
+from seq2expr.learn.runs import find_run, load_run
+from seq2expr.learn.tables import check_out, write_skipped
+from seq2expr.model.batch import Prediction, fields_on
+from seq2expr.model.spot_system import SpotSystem
+from seq2expr.model.system import Ensemble, members_in
+from seq2expr.spots.data import SpotSlide, open_slide_spots, read_spot_data
+from seq2expr.spots.reading import SpotReader, open_inputs
+from seq2expr.store import digest, file_digest, publish
+
+if TYPE_CHECKING:  # anndata takes a second to import
+    from anndata import AnnData
+
+ENDINGS = (".h5ad",)
+"""What the name of predictions of spots ends in."""
+
+PREDICTED = "predicted"
+"""Layer of the predictions; further answers are ``predicted_<name>``."""
+
+
+class SpotPredictions(NamedTuple):
+    """What a prediction of spots returns.
+
+    Attributes
+    ----------
+    adata
+        Spots × genes with ``layers["predicted"]`` = ``X``, in the units of the label card
+        (``uns["seq2expr"]["label"]``). ``None`` when another process wrote it.
+    n
+        Number of predicted spots.
+    skipped
+        ``name`` and ``reason`` of every spot and gene that was asked for and is not there.
+    """
+
+    adata: "AnnData | None"
+    n: int
+    skipped: pd.DataFrame
+
+    def describe(self, out: Path) -> str:
+        """Say in words what was predicted."""
+        return f"{self.n:,} spots into {out}"
+
+
+@dataclass(frozen=True, eq=False)
+class SpotPredictor:
+    """A loaded run on the spots of some slides.
+
+    Parameters
+    ----------
+    model
+        The system, in evaluation mode.
+    slides
+        The sections, in order.
+    reader
+        Of all their spots.
+    """
+
+    model: SpotSystem | Ensemble
+    slides: Sequence[SpotSlide]
+    reader: SpotReader
+
+    def answers(self, rows: np.ndarray) -> Iterator[Prediction]:
+        """Yield the answers for some rows, a batch at a time, on the CPU."""
+        device = next(iter(self.model.state_dict().values())).device
+        for batch in self.reader.batches(rows):
+            with torch.inference_mode():
+                answer = self.model(**fields_on(batch, device))
+            other = {name: value.float().cpu() for name, value in (answer.other or {}).items()}
+            yield Prediction(mean=answer.mean.float().cpu(), other=other or None)
+
+    def predict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return every answer for some rows, float32 [rows, G], ``predicted`` first."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for answer in self.answers(rows):
+            parts.setdefault(PREDICTED, []).append(answer.mean.numpy())
+            for name, value in (answer.other or {}).items():
+                parts.setdefault(f"{PREDICTED}_{name}", []).append(value.numpy())
+        return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def open_predictor(
+    model: SpotSystem | Ensemble, slides: Sequence[SpotSlide], *, verify: bool = False
+) -> SpotPredictor:
+    """Open the slides for a loaded model, which is moved to the GPU where there is one."""
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    system = members_in(model)[0]
+    config = system.config
+    # A member that trained its own encoder reads pixels; so do all where one does.
+    cache = isinstance(model, SpotSystem) or all(m.encoder.frozen for m in members_in(model))
+    spec = PatchSpec(um=config.patch_um, px=config.patch_px)
+    inputs = open_inputs(slides, system.encoder, spec, cache=cache, verify=verify)
+    counts = [len(slide.adata) for slide in slides]
+    ids = [f"{slide.name}/{spot}" for slide in slides for spot in slide.adata.obs_names]
+    reader = SpotReader(
+        inputs,
+        ids,
+        slides=np.repeat(np.arange(len(slides)), counts),
+        rows=np.concatenate([np.arange(count) for count in counts]),
+    )
+    return SpotPredictor(model, slides, reader)
+
+
+def predict_spots(
+    run: str | os.PathLike,
+    *,
+    slide: str | os.PathLike | None = None,
+    spots: str | os.PathLike | None = None,
+    grid_um: float | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    slide_id: str | None = None,
+    data: str | os.PathLike | None = None,
+    root: str | os.PathLike = ".",
+    genes: str | Sequence[str] = "all",
+    adapter: str | os.PathLike | None = None,
+    all_spots: bool = False,
+    out: str | os.PathLike | None = None,
+    verify: bool = False,
+) -> SpotPredictions:
+    """Predict expression of the spots of one slide, or of all slides of a data file.
+
+    Parameters
+    ----------
+    run
+        Run directory, hub id or directory of an adapter.
+    slide
+        Picture of the slide, at full resolution.
+    spots
+        Positions of its spots (see :func:`seq2expr.image.spots.read_positions`).
+    grid_um
+        Instead: lay a square grid of this pitch over the tissue.
+    mpp
+        µm per pixel, where neither picture nor positions say it.
+    pitch_um
+        Distance between neighbouring spots, where the array is not that of its format.
+    slide_id
+        Name of the slide; that of the picture by default.
+    data, root
+        Instead of a slide: a data file of slides, and what its paths are relative to.
+    genes
+        Genes of the panel to keep: ``all``, names, a comma list, or a file.
+    adapter
+        Directory of an adapter on the run.
+    all_spots
+        Also spots that are not marked as selected or in tissue.
+    out
+        ``.h5ad``; what could not be predicted goes to ``<out>.skipped.tsv``.
+    verify
+        Hash pictures again even where path, size and time are known.
+
+    Raises
+    ------
+    UserError
+        When the request cannot be carried out; nothing is then written.
+    """
+    target = None if out is None else check_out(out, ENDINGS)
+    model = load_run(run, adapter=adapter)
+    if not isinstance(members_in(model)[0], SpotSystem):
+        raise UserError(
+            f"{run} reads DNA, not slides. Give --genome and --gtf instead of a slide."
+        )
+    if (slide is None) == (data is None):
+        raise UserError("Give either a slide (with spots or grid_um) or a data file of slides.")
+    if slide is not None:
+        one = asked_slide(
+            Path(slide),
+            spots=spots,
+            grid_um=grid_um,
+            mpp=mpp,
+            pitch_um=pitch_um,
+            slide_id=slide_id,
+            all_spots=all_spots,
+        )
+        opened = [one]
+    else:
+        opened = slides_of(data, Path(root))
+    kept, skipped = _choose(genes, model.config.targets)
+    for one in opened:
+        names = [f"{one.name}/{spot}" for spot in one.outside]
+        skipped += [(name, "outside the image") for name in names]
+    predictor = open_predictor(model, opened, verify=verify)
+    missing = pd.DataFrame(skipped, columns=["name", "reason"])
+    made_by = find_run(run if adapter is None else adapter)
+    adata = _predicted(predictor, kept, target, _identity(made_by, opened, kept), missing)
+    return SpotPredictions(adata, len(predictor.reader.ids), missing)
+
+
+def _predicted(
+    predictor: SpotPredictor,
+    genes: list[str],
+    target: Path | None,
+    request: str,
+    skipped: pd.DataFrame,
+) -> "AnnData | None":
+    """Predict, in chunks where a file is wanted, and join what was predicted to its spots."""
+    ids = list(predictor.reader.ids)
+    if target is None:
+        return to_adata(predictor, genes, all_answers(predictor, genes))
+
+    def finish(table: pd.DataFrame) -> None:
+        check_ids(table["id"].tolist(), ids)
+        publish(target, to_adata(predictor, genes, table).write_h5ad)
+        write_skipped(target, skipped)
+
+    make = partial(all_answers, predictor, genes)
+    table = in_chunks(len(ids), make, out=target, request=request, finish=finish, unit="spots")
+    return None if table is None else to_adata(predictor, genes, table)
+
+
+def all_answers(
+    predictor: SpotPredictor, genes: Sequence[str], rows: slice = slice(None)
+) -> pd.DataFrame:
+    """Predict some rows: a table with ``id`` and a column for each answer and gene."""
+    where = np.arange(len(predictor.reader.ids))[rows]
+    columns = pd.Index(predictor.model.config.targets).get_indexer(genes)
+    tables = [
+        pd.DataFrame(values[:, columns], columns=[f"{name}\t{gene}" for gene in genes])
+        for name, values in predictor.predict(where).items()
+    ]
+    ids = pd.Series([predictor.reader.ids[row] for row in where], name="id")
+    return pd.concat([ids, *tables], axis=1)
+
+
+def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) -> "AnnData":
+    """Join what :func:`all_answers` gives to the spots."""
+    from anndata import AnnData
+
+    slides = predictor.slides
+    obs = pd.concat([slide.adata.obs for slide in slides])
+    if len(slides) > 1:  # the same array position is on every slide
+        obs.index = pd.Index(predictor.reader.ids)
+    layers: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(column.partition("\t")[0] for column in table.columns[1:]):
+        wanted = [f"{name}\t{gene}" for gene in genes]
+        layers[name] = table[wanted].to_numpy(np.float32)
+    config = predictor.model.config
+    adata = AnnData(layers[PREDICTED], obs=obs, var=pd.DataFrame(index=pd.Index(genes)))
+    adata.layers.update(layers)
+    adata.obsm["spatial"] = np.concatenate([slide.xy for slide in slides])
+    adata.uns["spatial"] = {s.name: s.adata.uns["spatial"][s.name] for s in slides}
+    adata.uns["seq2expr"] = {
+        "label": config.label,
+        "panel": config.panel["name"],
+        "system": config.model_type,
+        "encoder": config.encoder["kind"],
+        "patch_um": config.patch_um,
+        "mpp": {slide.name: slide.mpp for slide in slides},
+    }
+    return adata
+
+
+def asked_slide(
+    image: Path,
+    *,
+    spots: str | os.PathLike | None,
+    grid_um: float | None,
+    mpp: float | None,
+    pitch_um: float | None = None,
+    slide_id: str | None = None,
+    all_spots: bool = False,
+) -> SpotSlide:
+    """Open the one slide of a request, which needs no counts (see :func:`predict_spots`)."""
+    from seq2expr.image.placed import place_spots
+    from seq2expr.image.spots import any_layout, read_positions
+
+    if (spots is None) == (grid_um is None):
+        raise UserError("Give the spots of the slide (--spots FILE) or a grid (--grid-um F).")
+    name = slide_id or image.name.partition(".")[0]
+    with open_slide(image) as picture:
+        size = picture.size
+        if spots is None:
+            scale = mpp or picture.mpp
+            if scale is None:
+                raise UserError(
+                    f"{image} is an image without a scale, on which no grid can be laid. Declare "
+                    "its µm per pixel with --mpp."
+                )
+            positions = lay_grid(tissue_mask(picture, mpp=scale), grid_um, scale)
+        else:
+            positions = read_positions(spots, all_spots=all_spots)
+            if pitch_um is not None:
+                positions.attrs["nominal_um"] = any_layout(pitch_um)
+    adata = place_spots(name, positions, image=image, mpp=mpp)
+    inside = inside_image(adata.obsm["spatial"], size)
+    if not inside.any():
+        raise UserError(
+            f"All {len(adata)} spots lie outside {image}; check that it is the full-resolution "
+            "picture that the positions are pixels of."
+        )
+    return SpotSlide(name, "", image, adata[inside].copy(), tuple(adata.obs_names[~inside]))
+
+
+def slides_of(data: str | os.PathLike, root: Path) -> list[SpotSlide]:
+    """Open every slide of a data file."""
+    config = read_spot_data(data)
+    return [open_slide_spots(name, spec, root) for name, spec in config.slides.items()]
+
+
+def _choose(
+    genes: str | Sequence[str], panel: Sequence[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the wanted genes in the order of the panel, and those that are not in it."""
+    if genes == "all":
+        return list(panel), []
+    if isinstance(genes, str):
+        path = Path(genes)
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else genes.split(",")
+        genes = [line.split("\t")[0].strip() for line in lines]
+    wanted = [gene for gene in dict.fromkeys(genes) if gene]
+    known = set(panel)
+    missing = [(gene, "not in the panel of the run") for gene in wanted if gene not in known]
+    kept = [gene for gene in panel if gene in set(wanted)]
+    if not kept:
+        raise UserError(
+            f"None of the {len(wanted)} genes, first {wanted[0] if wanted else ''!r}, is in the "
+            f"panel of the run, which has genes such as {panel[0]!r}. See its panel.json."
+        )
+    return kept, missing
+
+
+def _identity(run: Path, slides: Sequence[SpotSlide], genes: Sequence[str]) -> str:
+    """Identify the request by content, so that only the same one is resumed."""
+    model = [path for name in ("*.json", "*.safetensors") for path in run.rglob(name)]
+    parts = [file_digest(path) for path in sorted(model) if "checkpoints" not in path.parts]
+    for slide in slides:
+        spots: Mapping = {"names": list(slide.adata.obs_names), "xy": slide.xy.tolist()}
+        parts += [slide.name, file_digest(slide.image), str(slide.mpp), str(spots)]
+    return digest("|".join([*parts, *genes]))

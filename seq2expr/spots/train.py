@@ -1,0 +1,294 @@
+"""Train an image system on slides: fit panel and scalers on training spots, then every member."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+
+from seq2expr.config import RunConfig
+from seq2expr.errors import UserError
+from seq2expr.image.labels import label_card
+from seq2expr.image.panels import Panel
+from seq2expr.image.patches import PatchSpec
+from seq2expr.learn.adapters import system_of
+from seq2expr.learn.runs import is_finished, quiet
+from seq2expr.learn.task import MemberRows, Task, save_system, train_members
+from seq2expr.model.batch import Batch
+from seq2expr.model.encoders import PatchEncoder, build_encoder
+from seq2expr.model.spot_system import SpotConfig, SpotSystem
+from seq2expr.model.system import check_settings, system_class
+from seq2expr.spots.data import SpotData, open_spots
+from seq2expr.spots.reading import SpotCollator, SpotReader, index_table, open_inputs
+from seq2expr.store import write_text
+
+log = logging.getLogger(__name__)
+
+
+def train_run(config: RunConfig, root: Path, out: Path) -> Path:
+    """Train the run on slides that a checked configuration describes."""
+    if config.adapter is not None:
+        raise UserError(
+            f"The configuration is that of a run fine-tuned from {config.adapter.base}. Use "
+            "`seq2expr finetune`."
+        )
+    if config.controls:
+        raise UserError("Runs on slides have no twins; leave out controls.")
+    system = spot_system(config.system)
+    check_settings(system.config_class, config.model)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        finished = is_finished(out, config)
+    if finished:
+        log.info("%s is finished already; remove it to train again.", out)
+    else:
+        train_members(_prepare(config, system, root), root, out)
+    state.wait_for_everyone()
+    return out
+
+
+def spot_system(name: str) -> type[SpotSystem]:
+    """Return the class of an image system.
+
+    Raises
+    ------
+    UserError
+        When the system reads DNA.
+    """
+    system = system_class(name)
+    if not issubclass(system, SpotSystem):
+        raise UserError(
+            f"The system {name!r} reads windows of DNA, and the data are slides. Choose an image "
+            "system of `seq2expr list systems`, or a data file with genome and gtf."
+        )
+    return system
+
+
+@dataclass(frozen=True, eq=False)
+class SpotMaterial:
+    """Spots with their patches (see :class:`seq2expr.learn.task.Material`).
+
+    Parameters
+    ----------
+    config
+        The effective configuration.
+    data
+        The slides.
+    panel
+        The genes.
+    reader
+        Of all spots.
+    leaks
+        Why the split is leaky, patches that overlap included.
+    """
+
+    config: RunConfig
+    data: SpotData
+    panel: Panel
+    reader: SpotReader
+    leaks: tuple[str, ...]
+
+    def score(self, evaluation: transformers.EvalPrediction) -> dict[str, float]:
+        """Return error (in standard deviations of training) and correlation, mean over genes."""
+        predicted = evaluation.predictions
+        predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+        truth, known = evaluation.label_ids
+        known = known.astype(bool)
+        predicted, truth = (np.where(known, v, 0).astype(np.float64) for v in (predicted, truth))
+        _, sd = self.scaling
+        found = {"mse": float(np.mean(((predicted - truth) / sd)[known] ** 2))}
+        n = np.maximum(known.sum(axis=0), 1)
+        centred = [np.where(known, v - v.sum(axis=0) / n, 0) for v in (predicted, truth)]
+        spread = [np.sqrt((values**2).sum(axis=0)) for values in centred]
+        defined = spread[1] > 0
+        if defined.any():
+            product = (centred[0] * centred[1]).sum(axis=0)[defined]
+            scale = (spread[0] * spread[1])[defined]
+            r = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
+            found["pearson_per_gene_across_spots"] = float(r.mean())
+        return found
+
+    @cached_property
+    def scaling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each target over training spots [G]."""
+        return _scaling(self.reader.targets[self.data.rows("train")])
+
+    def rows(self, member: int) -> MemberRows:
+        """Return the spots of a member, and what it validates on."""
+        train, valid, what = self.data.member_rows(member)
+        return MemberRows(index_table(train), index_table(valid), {"validated_on": what})
+
+    def trial(self, count: int) -> tuple[Dataset, int]:
+        """Return at most ``count`` training spots, and how many there are."""
+        rows = self.data.rows("train")
+        return index_table(rows[:count]), len(rows)
+
+    def collator(self, seed: int | None) -> SpotCollator:
+        """Return what reads the spots of a batch."""
+        if seed is None:
+            return SpotCollator(self.reader)
+        return SpotCollator(self.reader, self.config.train.dihedral, seed)
+
+    def before(self, model: nn.Module, member: int) -> None:
+        """Let the system look at the training spots of its member."""
+        self._show(model, member, "prepare")
+
+    def settle(self, model: nn.Module, member: int) -> None:
+        """Let the system fit what follows its weights."""
+        self._show(model, member, "settle")
+
+    def write(self, out: Path) -> None:
+        """Write the panel."""
+        write_text(out / "panel.json", json.dumps(self.panel.to_dict(), indent=1) + "\n")
+
+    def sources(self, root: Path) -> dict[str, Path]:
+        """Return pictures, counts and positions of every slide."""
+        found = {}
+        for name, spec in self.config.data.slides.items():
+            found[f"{name} image"] = self.data.slides[name].image
+            for role in ("counts", "spots", "h5ad"):
+                if getattr(spec, role) is not None:
+                    found[f"{name} {role}"] = root / getattr(spec, role)
+        return found
+
+    def notes(self) -> dict[str, Any]:
+        """Return spots by part, what was left out, and what the labels are."""
+        by_part = self.data.table["part"].value_counts().items()
+        spots = {
+            "by_part": {str(part): int(count) for part, count in by_part},
+            "left_out": dict(self.data.left_out),
+            "label": self.data.label,
+            "panel": {"rule": self.panel.rule, "hash": self.panel.hash, "note": self.panel.note},
+        }
+        return {"spots": spots, "leaky": bool(self.leaks), "leaks": list(self.leaks)}
+
+    def _show(self, model: nn.Module, member: int, hook: str) -> None:
+        """Call a hook of the system with the batches of its member."""
+        train, valid, _ = self.data.member_rows(member)
+        parts = {"train": train, "valid": valid}
+
+        def batches(part: str) -> Iterator[Batch]:
+            return self.reader.batches(parts[part])
+
+        was = model.training
+        model.eval()
+        with torch.no_grad():
+            getattr(system_of(model), hook)(batches)
+        model.train(was)
+
+
+def open_material(
+    config: RunConfig, geometry: SpotConfig, root: Path, *, encoder: PatchEncoder | None = None
+) -> SpotMaterial:
+    """Open the slides for a system of this geometry; choose the panel on training spots.
+
+    The encoder is made from the geometry where none is given; features of a frozen one are kept.
+    """
+    encoder = encoder or build_encoder(geometry.encoder)
+    system = spot_system(config.system)
+    data = open_spots(config.data, root)
+    leaks = data.leaks + data.check_overlap(geometry.patch_um)
+    panel = data.fit_panel(config.data.panel, root)
+    return SpotMaterial(
+        config,
+        data,
+        panel,
+        _open_reader(data, panel, geometry, system, encoder, turned=config.train.dihedral),
+        leaks,
+    )
+
+
+def _open_reader(
+    data: SpotData,
+    panel: Panel,
+    geometry: SpotConfig,
+    system: type[SpotSystem],
+    encoder: PatchEncoder,
+    *,
+    turned: bool,
+) -> SpotReader:
+    """Open patches or features of all spots of a data set, with their labels."""
+    spec = PatchSpec(um=geometry.patch_um, px=geometry.patch_px)
+    with PartialState().main_process_first():
+        inputs = open_inputs(list(data.slides.values()), encoder, spec, turned=turned)
+    expression = None
+    targets = data.labels(panel)
+    if system.reads_expression:
+        card = geometry.expression_label
+        expression = targets if card is None else data.labels(panel, label_card(card))
+    order = {name: number for number, name in enumerate(inputs)}
+    return SpotReader(
+        inputs,
+        ids=data.table["id"].tolist(),
+        slides=data.table["slide"].map(order).to_numpy(np.int64),
+        rows=data.table["row"].to_numpy(np.int64),
+        targets=targets,
+        expression=expression,
+    )
+
+
+@quiet()
+def _prepare(config: RunConfig, system: type[SpotSystem], root: Path) -> Task:
+    """Fit panel and scalers on the training spots of the run."""
+    material = open_material(config, system.config_class(**config.model), root)
+    model_config = system.config_class(**config.model, **fit_scalers(material, system))
+    system(model_config)  # refuses settings that do not fit before anything is written
+    return Task(config, material, lambda _: system(model_config), save_system)
+
+
+def fit_scalers(material: SpotMaterial, system: type[SpotSystem]) -> dict[str, Any]:
+    """Return what a configuration holds of the data, fitted on the training spots."""
+    reader, data = material.reader, material.data
+    rows = data.rows("train")
+    fitted = fit_targets(material)
+    if reader.expression is not None:
+        mean, sd = _scaling(reader.expression[rows])
+        fitted |= {"expression_mean": mean.tolist(), "expression_sd": sd.tolist()}
+    cached = all(inputs.features is not None for inputs in reader.inputs.values())
+    if system.standardised and cached:
+        fitted |= _token_scaling(reader, rows)
+    return fitted
+
+
+def fit_targets(material: SpotMaterial) -> dict[str, Any]:
+    """Return what a configuration holds of the targets, fitted on the training spots."""
+    mean, sd = material.scaling
+    return {
+        "targets": list(material.panel.genes),
+        "target_mean": mean.tolist(),
+        "target_sd": sd.tolist(),
+        "label": material.data.card.name,
+        "panel": material.panel.to_dict(),
+    }
+
+
+def _scaling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each column; 0 and 1 where nothing is known."""
+    known = ~np.isnan(values)
+    n = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, values, 0.0).sum(axis=0) / n
+    sd = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(axis=0) / n)
+    return mean, np.where(sd > 0, sd, 1.0)
+
+
+def _token_scaling(reader: SpotReader, rows: np.ndarray) -> dict[str, list[float]]:
+    """Return mean and standard deviation of each feature over training spots and tokens."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in reader.batches(rows):
+        tokens = batch.spot_tokens.double().flatten(0, 1).numpy()
+        count, total = count + len(tokens), total + tokens.sum(0)
+        squares = squares + (tokens**2).sum(0)
+    mean = total / count
+    sd = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A feature that never changes is left at 0 by its mean; rounding must not blow it up.
+    sd = np.where(sd > 1e-6 * np.maximum(np.abs(mean), 1e-6), sd, 1.0)
+    return {"token_mean": mean.tolist(), "token_sd": sd.tolist()}

@@ -1,0 +1,342 @@
+"""A benchmark on simulated slides: tables, leaks, resume, failures, and who sees which labels."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+import seq2expr.bench.spot_jobs as jobs_module
+from seq2expr.bench.protocol import load_protocol
+from seq2expr.bench.run import benchmark
+from seq2expr.bench.spot_grid import lay_out
+from seq2expr.bench.spot_jobs import ControlsJob
+from seq2expr.bench.spot_page import section_dots
+from seq2expr.bench.spot_protocol import SpotProtocol
+from seq2expr.bench.spot_run import SpotBenchmark
+from seq2expr.errors import UserError
+from seq2expr.image.labels import label_card
+from seq2expr.image.legacy import read_counts
+from seq2expr.simulate_slides import simulate_slides
+from seq2expr.yamlfile import format_yaml, parse_yaml
+
+PCC = "pearson_per_gene_across_spots"
+CONTROLS = ["train_mean", "same_patient_mean", "mean_od_ridge", "colour_ridge"]
+FITTED = {"own": CONTROLS, "other": [CONTROLS[0], *CONTROLS[2:]]}
+ORACLES = ["depth_oracle", "neighbour_oracle"]
+READINGS = ["depth_gauge", "split_half_ceiling"]
+SECTIONS = {"own": ["A2"], "other": ["A1", "B1"]}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Three sections of two patients, and their data file."""
+    folder = tmp_path_factory.mktemp("slides")
+    made = simulate_slides(folder, n_patients=2, spots=36, genes=24)
+    kept = {name: made[name] for name in ("A1", "A2", "B1")}
+    for slide in kept.values():
+        slide.pop("mpp")  # it follows from the pitch
+    tree = {"name": "toy", "slides": kept, "panel": "mean12", "qc": {"min_counts": 1}}
+    (folder / "data.yaml").write_text(format_yaml(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tree(slides):
+    """The protocol that is run once; tests change copies of it."""
+    settings = {"preset": "small", "model.patch_px": 48, "train.epochs": "${epochs}"}
+    linear = {"like": "nsl", "set": {"model.activation": "identity"}, "blocks": ["own"]}
+    data = {"data": str(slides / "data.yaml")}
+    return {
+        "name": "toy",
+        "settings": {"epochs": 1},
+        "seeds": [0, 1],
+        "compare": "nsl",
+        "n_boot": 40,
+        "subsets": ["panel", "HEG50"],
+        "rows": {"nsl": {"config": "nsl", "set": settings}, "linear": linear},
+        "blocks": {
+            "own": data
+            | {"folds": [{"test": ["A2"], "train": ["A1", "B1"]}], "allow_leaky": True},
+            "other": data
+            | {"folds": [{"test": ["A1"], "train": ["B1"]}, {"test": ["B1"], "train": ["A2"]}]},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def protocol(tree, tmp_path_factory):
+    path = tmp_path_factory.mktemp("protocol") / "toy.yaml"
+    path.write_text(format_yaml(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(slides, protocol, tmp_path_factory) -> SpotBenchmark:
+    """The finished benchmark; shared, so never changed."""
+    return benchmark(protocol, root=slides, out=tmp_path_factory.mktemp("benchmark") / "out")
+
+
+@pytest.fixture
+def again(slides, protocol, done, tmp_path, monkeypatch):
+    """Run the finished benchmark again, moved elsewhere; what is trained again is listed."""
+    trained = []
+    train = jobs_module.train_run
+    shutil.copytree(done.out, tmp_path / "moved")
+
+    def counted(config, root, out):
+        trained.append(str(out.relative_to(tmp_path / "moved" / "runs")))
+        return train(config, root, out)
+
+    monkeypatch.setattr(jobs_module, "train_run", counted)
+
+    def run(*overrides, **changes):
+        settings = {"root": slides, "out": tmp_path / "moved"} | changes
+        return benchmark(settings.pop("protocol", protocol), overrides=overrides, **settings)
+
+    return run, trained, tmp_path / "moved"
+
+
+def truth_of(slides, slide, genes):
+    counts = read_counts(slides / f"{slide}.tsv.gz")
+    columns = pd.Index(counts.genes).get_indexer(genes)
+    labels = label_card("cp10k").transform(counts.values, columns)
+    return pd.DataFrame(labels, index=[f"{slide}/{spot}" for spot in counts.spots], columns=genes)
+
+
+def predictions(done, name):
+    table = pd.read_parquet(done.out / "runs" / f"{name}.parquet").set_index("id")
+    return {
+        str(answer): values.drop(columns="answer") for answer, values in table.groupby("answer")
+    }
+
+
+def cell(done, block, row, column, subset="panel"):
+    (value,) = done.blocks[block].table.query("row == @row and subset == @subset")[column]
+    return value
+
+
+def value_by_hand(slides, done, block, row, fold, slide):
+    found = []
+    for seed in (0, 1):
+        (predicted,) = predictions(done, f"{block}/{row}/fold{fold}_seed{seed}").values()
+        truth = truth_of(slides, slide, list(predicted.columns)).loc[predicted.index]
+        r = [scipy.stats.pearsonr(truth[g], predicted[g]).statistic for g in predicted]
+        found.append(np.mean(r))
+    return np.mean(found)
+
+
+# The table
+
+
+@pytest.mark.parametrize("block", ["own", "other"])
+def test_rows_controls_oracles_and_readings_stand_in_order(done, block):
+    rows = ["nsl", "linear"] if block == "own" else ["nsl"]
+    for subset, table in done.blocks[block].table.groupby("subset"):
+        assert table["row"].tolist() == [*rows, *FITTED[block], *ORACLES, *READINGS], subset
+    kinds = done.blocks[block].table.groupby("kind")["row"].agg(set).to_dict()
+    assert kinds["row"] == set(rows)
+    assert kinds["oracle"] == set(ORACLES)
+    assert kinds["reading"] == set(READINGS)
+    assert done.failed.empty
+    assert "no row has a frozen encoder" in done.blocks[block].missing["features_ridge"]
+
+
+def test_a_cell_can_be_computed_by_hand(slides, done):
+    own = value_by_hand(slides, done, "own", "nsl", 0, "A2")
+    assert cell(done, "own", "nsl", "value") == pytest.approx(own, abs=1e-6)
+    linear = value_by_hand(slides, done, "own", "linear", 0, "A2")
+    assert cell(done, "own", "linear", "difference") == pytest.approx(own - linear, abs=1e-6)
+    sections = [
+        value_by_hand(slides, done, "other", "nsl", fold, slide)
+        for fold, slide in enumerate(SECTIONS["other"])
+    ]
+    assert cell(done, "other", "nsl", "value") == pytest.approx(np.mean(sections), abs=1e-6)
+    for slide, value in zip(SECTIONS["other"], sections, strict=True):
+        assert cell(done, "other", "nsl", slide) == pytest.approx(value, abs=1e-6)
+
+
+def test_few_patients_have_no_interval_over_patients(done):
+    for found in done.blocks.values():
+        with_interval = found.table[found.table["low"].notna()]
+        assert set(with_interval["unit"]) == {"block of spots"}
+    assert cell(done, "other", "nsl", "intervals") == (
+        "blocks of spots inside 2 sections of 2 patients"
+    )
+
+
+def test_only_what_leaks_is_called_leaky(done):
+    assert set(done.blocks["own"].table["leaky"]) == {
+        "leaky: A1 (train) and A2 (test) are of patient A"
+    }
+    assert set(done.blocks["other"].table["leaky"]) == {""}
+    assert "== own (leaky)" in done.summary()
+    assert "== other\n" in done.summary()
+    page = done.report.read_text()
+    assert "own (leaky)" in page
+    assert "A1 (train) and A2 (test) are of patient A" in page
+    assert "other (leaky)" not in page
+
+
+def test_the_constant_control_is_beaten_or_named(done):
+    table = done.blocks["own"].table
+    for row in table[table["kind"] == "row"].itertuples():
+        named = row.not_above.split(", ") if row.not_above else []
+        assert set(named) <= set(CONTROLS)
+        # One epoch of nsl is no match for a ridge on the same colours.
+        assert "colour_ridge" in named
+    assert cell(done, "own", "train_mean", "value") == 0
+
+
+def test_a_row_below_the_gauge_is_flagged(done):
+    table = done.blocks["own"].table.query("subset == 'panel'").set_index("row")
+    gauge = table.loc["depth_gauge", "value"]
+    for row in ("nsl", "linear"):
+        flagged = "below the depth gauge" in table.loc[row, "note"]
+        assert flagged == (table.loc[row, "value"] < gauge)
+
+
+def test_what_a_run_took_stands_beside_it(done):
+    (member,) = json.loads((done.out / "runs/own/nsl/fold0_seed0/metrics.json").read_text())[
+        "members"
+    ]
+    assert cell(done, "own", "nsl", "parameters") == member["parameters"] > 0
+    assert cell(done, "own", "nsl", "train_s") > 0
+    assert cell(done, "own", "nsl", "predict_s") > 0
+    assert np.isnan(cell(done, "own", "colour_ridge", "train_s"))
+
+
+def test_files_are_written(done):
+    for block in ("own", "other"):
+        table = pd.read_csv(done.out / f"{block}.tsv", sep="\t")
+        assert table["row"].tolist() == done.blocks[block].table["row"].tolist()
+        scores = pd.read_csv(done.out / f"{block}.scores.tsv", sep="\t")
+        assert set(scores["slide_id"]) == set(SECTIONS[block])
+        nsl = scores.query("row == 'nsl' and metric == @PCC and subset == 'panel'")
+        assert sorted(set(nsl["seed"])) == [0, 1]
+        metrics = pd.read_csv(done.out / f"{block}.metrics.tsv", sep="\t")
+        assert {"rvd", "gene_gene_structure", PCC} <= set(metrics["metric"])
+        assert (done.out / f"{block}.png").stat().st_size > 10_000
+    kept = parse_yaml((done.out / "protocol.yaml").read_text())
+    assert kept["made_from"]["own"]["leaky"] is True
+    assert kept["made_from"]["other"]["leaks"] == []
+    assert kept["made_from"]["other"]["folds"][0]["train"] == {"B1": 36}
+
+
+def test_a_figure_has_a_line_for_every_entry(done):
+    figure = section_dots(done.blocks["own"])
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names == ["nsl", "linear", *CONTROLS, *ORACLES]
+    assert len(figure.axes) == 2
+
+
+# Resume
+
+
+def test_nothing_is_done_twice(done, again):
+    run, trained, _ = again
+    found = run()
+    assert trained == []
+    pd.testing.assert_frame_equal(found.blocks["own"].table, done.blocks["own"].table)
+
+
+def test_an_interrupted_benchmark_goes_on(done, again):
+    run, trained, out = again
+    (out / "runs/other/nsl/fold1_seed0.parquet").unlink()
+    shutil.rmtree(out / "runs/other/nsl/fold1_seed0")
+    found = run()
+    assert trained == ["other/nsl/fold1_seed0"]
+    columns = ["row", "subset", "value", "low", "high"]
+    pd.testing.assert_frame_equal(
+        found.blocks["other"].table[columns], done.blocks["other"].table[columns]
+    )
+
+
+def test_a_run_in_a_process_of_its_own_answers_alike(done, again):
+    run, trained, out = again
+    (out / "runs/own/linear/fold0_seed1.parquet").unlink()
+    shutil.rmtree(out / "runs/own/linear/fold0_seed1")
+    run(jobs=2)
+    assert trained == []  # here
+    ours, theirs = (
+        predictions(b, "own/linear/fold0_seed1")[""]
+        for b in (done, SpotBenchmark(out, done.protocol, {}, done.failed))
+    )
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
+
+
+def test_another_setting_is_refused(again):
+    run, trained, _ = again
+    with pytest.raises(UserError, match="was made with other configuration"):
+        run("epochs=2")
+    assert trained == []
+
+
+def test_systems_choose_rows_and_blocks(again):
+    run, trained, _ = again
+    found = run(systems=["linear"])
+    assert trained == []
+    assert list(found.blocks) == ["own"]
+    assert cell(found, "own", "linear", "verdict") == "not compared"
+    with pytest.raises(UserError, match="No row is called 'lin'; choose from nsl, linear"):
+        run(systems=["lin"])
+
+
+def test_a_seed_that_fails_does_not_count(done, again, monkeypatch):
+    run, _, out = again
+
+    def fail(*_):
+        raise UserError("out of luck")
+
+    monkeypatch.setattr(jobs_module, "train_run", fail)
+    (out / "runs/own/nsl/fold0_seed1.parquet").unlink()
+    found = run()
+    assert found.failed.to_dict("records") == [
+        {"name": "own/nsl/fold0_seed1", "reason": "out of luck"}
+    ]
+    assert cell(found, "own", "nsl", "seeds") == 1
+    assert "seed 1 failed: out of luck" in cell(found, "own", "nsl", "note")
+    assert cell(found, "own", "linear", "seeds") == 2
+
+
+def test_data_are_named_by_the_blocks(slides, protocol, tmp_path):
+    with pytest.raises(UserError, match="name their data sets; leave out --data"):
+        benchmark(protocol, data=slides / "data.yaml", root=slides, out=tmp_path / "out")
+
+
+def test_a_leak_that_was_not_allowed_is_refused(slides, tree, tmp_path):
+    own = {key: value for key, value in tree["blocks"]["own"].items() if key != "allow_leaky"}
+    path = tmp_path / "leaky.yaml"
+    path.write_text(format_yaml(tree | {"blocks": tree["blocks"] | {"own": own}}))
+    with pytest.raises(UserError, match=r"leaky: A1 \(train\) and A2 \(test\)"):
+        benchmark(path, root=slides, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Who sees which labels
+
+
+def test_fitted_controls_do_not_see_tested_labels(slides, protocol, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(slides, changed)
+    counts = pd.read_csv(changed / "A2.tsv.gz", sep="\t", index_col=0)
+    rng = np.random.default_rng(0)
+    shuffled = rng.permuted(counts.to_numpy(), axis=1)  # totals stay
+    pd.DataFrame(shuffled, counts.index, counts.columns).to_csv(changed / "A2.tsv.gz", sep="\t")
+    spec = load_protocol(protocol, kind=SpotProtocol)
+    own, _ = lay_out(spec, root=slides, systems=None, out=tmp_path / "out")
+    (job,) = own.controls
+    assert isinstance(job, ControlsJob)
+    assert job.names == [*CONTROLS, "features_ridge", "depth_oracle"]
+    before, after = (job.model_copy(update={"root": root}).make() for root in (slides, changed))
+    pd.testing.assert_frame_equal(before, after)
+    other, _ = lay_out(spec, root=changed, systems=None, out=tmp_path / "out")
+    assert other.controls[0].stamp["configuration"] == job.stamp["configuration"]
+    assert other.controls[0].stamp["inputs"] != job.stamp["inputs"]
+
+
+def test_the_stamp_of_a_run_is_kept(done):
+    stamp = json.loads((done.out / "runs/own/nsl/fold0_seed0.json").read_text())
+    assert set(stamp) == {"configuration", "inputs"}
