@@ -63,7 +63,7 @@ AllSpots = Annotated[
     bool, typer.Option("--all-spots", help="Also spots that are not marked as selected.")
 ]
 Genes = Annotated[
-    str, typer.Option("--genes", help="all, a comma list, or a file of ids or names.")
+    str | None, typer.Option("--genes", help="all, a comma list, or a file of ids or names.")
 ]
 Tracks = Annotated[
     list[str] | None, typer.Option("--track", metavar="NAME=BIGWIG", help="One input track.")
@@ -180,11 +180,23 @@ def predict(
 @app.command()
 def interpret(
     run: Run,
-    genome: Genome,
-    gtf: Gtf,
     out: Out,
+    genome: Genome = None,
+    gtf: Gtf = None,
+    slide: Slide = None,
+    spots: Spots = None,
+    grid_um: GridUm = None,
+    mpp: Mpp = None,
+    pitch_um: PitchUm = None,
+    slide_id: SlideId = None,
+    all_spots: AllSpots = False,
+    at: Annotated[
+        str | None, typer.Option(help="Comma list of spots to explain; some by default.")
+    ] = None,
+    data: Data = None,
+    root: Root = None,
     adapter: Adapter = None,
-    genes: Genes = "all",
+    genes: Genes = None,
     track: Tracks = None,
     features: Features = None,
     tss: Tss = None,
@@ -194,12 +206,12 @@ def interpret(
     chrom_map: ChromMap = None,
     verify: Verify = False,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Comma list of mask, inputxgrad, ig, ism, block, deeplift, occlusion, bingrad, "
-            "binocclusion, attention; or none."
+            help="Comma list of mask (the default), inputxgrad, ig, ism, block, deeplift, "
+            "occlusion, bingrad, binocclusion, attention; or none. Of slides: gradient, occlusion."
         ),
-    ] = "mask",
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Target to explain; the first.")] = None,
     delete: Annotated[Path | None, typer.Option(help="BED of stretches to delete.")] = None,
     insert: Annotated[
@@ -219,16 +231,18 @@ def interpret(
     bases: Annotated[Path | None, typer.Option(help="BED of bases that ism changes.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say which stretches of DNA drive genes, how sure that is, and what they are."""
-    from seq2expr.interpret.run import interpret
+    """Say what drives genes: which stretches of DNA, or which parts of the tissue."""
+    from seq2expr.verbs import interpret
 
     result = interpret(
-        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, tracks=_pairs(track, "--track"),
-        features=features, tss=tss, contacts=contacts, blacklist=blacklist, text=text or (),
-        chrom_map=chrom_map, methods=_names(method), target=target, delete=delete,
-        insert=insert, variants=variants, motifs=motifs or (), peaks=peaks or (),
-        fragments=fragments, truth=truth, bases=bases, overrides=overrides or (), out=out,
-        verify=verify,
+        run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, slide=slide, spots=spots,
+        grid_um=grid_um, mpp=mpp, pitch_um=pitch_um, slide_id=slide_id,
+        all_spots=all_spots or None, at=_names(at) if at else None, data=data, root=root,
+        tracks=_pairs(track, "--track") or None, features=features, tss=tss, contacts=contacts,
+        blacklist=blacklist, text=text, chrom_map=chrom_map,
+        methods=_names(method) if method else None, target=target, delete=delete, insert=insert,
+        variants=variants, motifs=motifs, peaks=peaks, fragments=fragments, truth=truth,
+        bases=bases, overrides=overrides, out=out, verify=verify,
     )  # fmt: skip
     _say(result.summary)
     _say(f"Look at {result.report}.")

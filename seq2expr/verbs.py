@@ -55,8 +55,21 @@ def train(
 def train_run(config: RunConfig, root: Path, out: Path) -> Path:
     """Train the run that a checked configuration describes."""
     spots = isinstance(config.data, SpotDataConfig)
+    if not spots:
+        _check_reads_dna(config.system)
     path = import_module("seq2expr.spots.train" if spots else "seq2expr.learn.train")
     return path.train_run(config, root, out)
+
+
+def _check_reads_dna(name: str) -> None:
+    from seq2expr.model.spot_system import SpotSystem
+    from seq2expr.model.system import system_class
+
+    if issubclass(system_class(name), SpotSystem):
+        raise UserError(
+            f"The system {name!r} reads slides, and the data are genes. Choose a system of DNA of "
+            "`seq2expr list systems`, or a data file with slides."
+        )
 
 
 def finetune(run: str | os.PathLike, **request: Any) -> Path:
@@ -107,13 +120,36 @@ def predict(run: str | os.PathLike, **request: Any) -> Any:
         return predict_spots(run, **given)
     from seq2expr.learn.predict import predict
 
+    _check_genome(given)
     _check_apart(given, SLIDE_INPUTS, "a genome")
-    if missing := [name for name in ("genome", "gtf") if name not in given]:
-        raise UserError(
-            f"No {missing[0]} is given. Genes need --genome and --gtf; spots need --slide, or "
-            "--data with slides."
-        )
     return predict(run, **given)
+
+
+def interpret(run: str | os.PathLike, **request: Any) -> Any:
+    """Say what drives predictions: stretches of DNA, or parts of the patches of spots.
+
+    Parameters
+    ----------
+    run
+        Run directory, hub id or directory of an adapter.
+    **request
+        With ``slide`` or ``data`` those of :func:`seq2expr.interpret.slides.interpret_spots`,
+        otherwise those of :func:`seq2expr.interpret.run.interpret`. None is as if not given.
+
+    Raises
+    ------
+    UserError
+        When the request cannot be carried out; nothing is then written.
+    """
+    import seq2expr.interpret as package
+
+    given = {name: value for name, value in request.items() if value is not None}
+    if "slide" in given or "data" in given:
+        _check_apart(given, (*DNA_INPUTS, *EDITS), "a slide")
+        return package(run, **given)
+    _check_genome(given)
+    _check_apart(given, (*SLIDE_INPUTS, "at"), "a genome")
+    return package(run, **given)
 
 
 def evaluate(what: str | os.PathLike, **request: Any) -> Any:
@@ -147,9 +183,9 @@ def evaluate(what: str | os.PathLike, **request: Any) -> Any:
 
 
 def is_on_slides(run: Path) -> bool:
-    """Tell whether a run was trained on slides."""
-    known = (run / "run.yaml").is_file()
-    return known and isinstance(run_config(run).data, SpotDataConfig)
+    """Tell whether a run, or the run of a member, was trained on slides."""
+    known = [place for place in (run, run.parent.parent) if (place / "run.yaml").is_file()]
+    return bool(known) and isinstance(run_config(known[0]).data, SpotDataConfig)
 
 
 DNA_INPUTS = (
@@ -157,6 +193,20 @@ DNA_INPUTS = (
     "chrom_map",
 )
 SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots")
+
+
+EDITS = (
+    *("delete", "insert", "variants", "motifs", "peaks", "fragments", "truth", "bases"),
+    "target",
+)
+
+
+def _check_genome(given: Mapping[str, Any]) -> None:
+    if missing := [name for name in ("genome", "gtf") if name not in given]:
+        raise UserError(
+            f"No {missing[0]} is given. Genes need --genome and --gtf; spots need --slide, or "
+            "--data with slides."
+        )
 
 
 def _check_apart(given: Mapping[str, Any], others: Sequence[str], what: str) -> None:
