@@ -1,6 +1,7 @@
 """Tables of Spatial Transcriptomics: counts of spots named ``XxY`` and where the spots lie."""
 
 import gzip
+import json
 import os
 import zlib
 from pathlib import Path
@@ -12,9 +13,12 @@ from scipy import sparse
 
 from seq2expr.errors import UserError
 from seq2expr.image.scale import NO_INDEX
+from seq2expr.store import open_store
 
 PIXELS = ("pixel_x", "pixel_y")
 SELECTED = ("selected", "in_tissue")
+PARTS = ("data", "indices", "indptr")
+"""Arrays of a CSR matrix."""
 ROWS = 512
 """Lines of a table of counts that are dense at a time."""
 
@@ -41,7 +45,7 @@ class Counts(NamedTuple):
 
 
 def read_counts(path: str | os.PathLike) -> Counts:
-    """Read a table of counts.
+    """Read a table of counts; parsing takes seconds, so what was read is kept by content.
 
     Parameters
     ----------
@@ -55,6 +59,24 @@ def read_counts(path: str | os.PathLike) -> Counts:
         When the file cannot be read, a line has another number of values, or one is no number.
     """
     path = Path(path)
+
+    def build(place: Path) -> dict[str, list[int]]:
+        counts = _parsed(path)
+        for name in PARTS:
+            np.save(place / f"{name}.npy", getattr(counts.values, name))
+        names = {"spots": counts.spots, "genes": counts.genes}
+        (place / "names.json").write_text(json.dumps(names), encoding="utf-8")
+        return {"shape": list(counts.values.shape)}
+
+    store = open_store("counts", sources={"counts": path}, settings={"format": 1}, build=build)
+    names = json.loads((store.path / "names.json").read_text(encoding="utf-8"))
+    parts = tuple(store.array(name) for name in PARTS)
+    values = sparse.csr_matrix(parts, shape=store.manifest["report"]["shape"], copy=True)
+    return Counts(values, **names, gene_names=[""] * len(names["genes"]))
+
+
+def _parsed(path: Path) -> Counts:
+    """Read a table of counts line by line."""
     names, blocks = [], []
     try:
         with _opened(path) as handle:
