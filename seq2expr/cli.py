@@ -85,6 +85,17 @@ Text = Annotated[
 ChromMap = Annotated[
     str | None, typer.Option("--chrom-map", help="auto, or a TSV of chromosome names.")
 ]
+At = Annotated[
+    str | None, typer.Option("--at", help="Comma list of spots to explain; some by default.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="Comma list of mask (the default), inputxgrad, ig, ism, block, deeplift, occlusion, "
+        "bingrad, binocclusion, attention; or none. Of slides: gradient, occlusion.",
+    ),
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Hash all inputs again.")]
 
 
@@ -190,9 +201,7 @@ def interpret(
     pitch_um: PitchUm = None,
     slide_id: SlideId = None,
     all_spots: AllSpots = False,
-    at: Annotated[
-        str | None, typer.Option(help="Comma list of spots to explain; some by default.")
-    ] = None,
+    at: At = None,
     data: Data = None,
     root: Root = None,
     adapter: Adapter = None,
@@ -205,13 +214,7 @@ def interpret(
     text: Text = None,
     chrom_map: ChromMap = None,
     verify: Verify = False,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma list of mask (the default), inputxgrad, ig, ism, block, deeplift, "
-            "occlusion, bingrad, binocclusion, attention; or none. Of slides: gradient, occlusion."
-        ),
-    ] = None,
+    method: Method = None,
     target: Annotated[str | None, typer.Option(help="Target to explain; the first.")] = None,
     delete: Annotated[Path | None, typer.Option(help="BED of stretches to delete.")] = None,
     insert: Annotated[

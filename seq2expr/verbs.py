@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from seq2expr.config import RunConfig, load_run_config
+from seq2expr.config import RunConfig, load_run_config, read_yaml
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import find_run, run_config
 from seq2expr.schema import SpotDataConfig
@@ -88,6 +88,9 @@ def finetune(run: str | os.PathLike, **request: Any) -> Path:
         from seq2expr.spots.finetune import SPOTS
 
         return finetune(run, tuning=SPOTS, **request)
+    tree = read_yaml(request["data"])
+    if "slides" in tree.get("data", tree):
+        raise UserError("The base reads DNA. Give a data file with genome and gtf.")
     return finetune(run, tuning=GENES, **request)
 
 
@@ -120,7 +123,7 @@ def predict(run: str | os.PathLike, **request: Any) -> Any:
         return predict_spots(run, **given)
     from seq2expr.learn.predict import predict
 
-    _check_genome(given)
+    _check_genome(run, given)
     _check_apart(given, SLIDE_INPUTS, "a genome")
     return predict(run, **given)
 
@@ -147,7 +150,7 @@ def interpret(run: str | os.PathLike, **request: Any) -> Any:
     if "slide" in given or "data" in given:
         _check_apart(given, (*DNA_INPUTS, *EDITS), "a slide")
         return package(run, **given)
-    _check_genome(given)
+    _check_genome(run, given)
     _check_apart(given, (*SLIDE_INPUTS, "at"), "a genome")
     return package(run, **given)
 
@@ -192,7 +195,7 @@ DNA_INPUTS = (
     *("genome", "gtf", "tracks", "features", "tss", "contacts", "blacklist", "text"),
     "chrom_map",
 )
-SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots")
+SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots", "root")
 
 
 EDITS = (
@@ -201,11 +204,15 @@ EDITS = (
 )
 
 
-def _check_genome(given: Mapping[str, Any]) -> None:
+def _check_genome(run: str | os.PathLike, given: Mapping[str, Any]) -> None:
     if missing := [name for name in ("genome", "gtf") if name not in given]:
         raise UserError(
             f"No {missing[0]} is given. Genes need --genome and --gtf; spots need --slide, or "
             "--data with slides."
+        )
+    if is_on_slides(find_run(run)):
+        raise UserError(
+            f"{run} reads slides, not DNA. Give --slide or --data instead of a genome."
         )
 
 

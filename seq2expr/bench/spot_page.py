@@ -186,7 +186,9 @@ def _maps(report: Report, found: BlockFound, spec: SpotProtocol) -> None:
     """Show a few genes in the first tested section, by the compared row (of its first seed)."""
     block, one = found.block, found.sections[0]
     section, fold = one.section, block.folds[one.fold]
-    name = next((name for name in section.predicted if name.startswith(block.compare)), None)
+    name = next(
+        (name for name in section.predicted if name.startswith(f"{block.compare} (seed ")), None
+    )
     if name is None:
         return
     asked = spec.blocks[block.name].genes or fold.panel.genes[:_N_MAPS]

@@ -14,7 +14,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
-from seq2expr.image.tissue import otsu
+from seq2expr.image.slides import Slide
+from seq2expr.image.tissue import otsu, tissue_mask
 from seq2expr.model.batch import Batch, fields_on
 from seq2expr.model.colour import stains
 from seq2expr.schema import Strict
@@ -25,6 +26,8 @@ _STEP = 1 / 64  # of the way to white, along which a gradient is checked
 _NOISE = 1e-5  # relative size of a change that float32 cannot tell from none
 _KEPT_OUT = ("patch", "spot_tokens", "expression", "target", "target_mask")
 _MOST_HAEMATOXYLIN = 2.0
+_LIGHT = 200  # of 255: darker ground is no glass but black, or dirt
+_LEAST_GLASS = 100  # pixels of the overview
 
 
 class PatchSettings(Strict):
@@ -286,6 +289,24 @@ def fill(probe: PatchProbe, settings: PatchSettings) -> Tensor:
     white = torch.full_like(probe.background, WHITE)
     colour = white if settings.fill == "white" else probe.background
     return colour.round().to(torch.uint8).expand_as(probe.patches)
+
+
+def glass_colour(slide: Slide, *, mpp: float) -> tuple[float, float, float]:
+    """Return the mean colour of the light ground of a slide; white where there is hardly any.
+
+    Parameters
+    ----------
+    slide
+        The slide.
+    mpp
+        µm per level-0 pixel.
+    """
+    tissue = tissue_mask(slide, mpp=mpp)
+    overview = slide.region(0, 0, *slide.size, max_px=max(tissue.mask.shape))
+    glass = overview[~tissue.mask & (overview.min(-1) >= _LIGHT)]
+    if len(glass) < _LEAST_GLASS:
+        return (WHITE, WHITE, WHITE)
+    return tuple(glass.mean(0).tolist())
 
 
 def nuclei(patches: np.ndarray) -> tuple[np.ndarray, float]:

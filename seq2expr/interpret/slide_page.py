@@ -67,16 +67,21 @@ def write_report(result: "SlideInterpretation") -> None:
             f"{_PER_UM2:g} µm² of tissue; each map has its own scale, which ends at percentile "
             f"{_STRONG:g} of its size."
         )
-        report.figure(figure := draw_patch(result, number), caption)
-        _save(result, figure, f"spot_{number + 1}")
+        _put(report, result, draw_patch(result, number), f"spot_{number + 1}", caption)
     if len(result.spots) > MAX_SPOTS:
         report.text(f"The first {MAX_SPOTS} of {len(result.spots):,} spots are drawn.")
     _tables(report, result)
     report.write(result.report)
 
 
-def _save(result: "SlideInterpretation", figure: Figure, stem: str) -> None:
-    save(figure, result.out / "figures" / stem, ["png"], dpi=200)  # pixels gain nothing in a PDF
+def _put(
+    report: Report, result: "SlideInterpretation", figure: Figure, stem: str, caption: str
+) -> None:
+    """Add a figure to the page and write it beside: PNG, since pixels gain nothing in a PDF."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for both, which takes as long as drawing
+    report.figure(figure, caption)
+    save(figure, result.out / "figures" / stem, ["png"], dpi=200)
 
 
 def draw_patch(result: "SlideInterpretation", number: int) -> Figure:
@@ -114,7 +119,9 @@ def draw_patch(result: "SlideInterpretation", number: int) -> Figure:
             bar.formatter.set_powerlimits((-2, 3))
             bar.ax.yaxis.get_offset_text().set(fontsize=SMALL - 1, color=GREY)
             bar.outline.set_visible(False)
-            title = f"{gene}, predicted {predicted:.2f}\n{method}"
+            check = result.maps[method].check[number, row]
+            mark = f", flagged ({check:.2f})" if check > result.settings.max_error else ""
+            title = f"{gene}, predicted {predicted:.2f}\n{method}{mark}"
             ax.set_title(plain(title), loc="left", fontsize=SMALL, color=INK)
     return figure
 
@@ -149,8 +156,7 @@ def _slides(report: Report, result: "SlideInterpretation") -> None:
             style = {"ha": "center", "va": "center", "fontsize": SMALL - 1, "bbox": box}
             tissue.text(spot.x, spot.y, str(spot.Index + 1), zorder=5, **style)
         caption = f"{slide.name}; numbers are the spots explained below."
-        report.figure(figure, caption)
-        _save(result, figure, f"slide_{index + 1}")
+        _put(report, result, figure, f"slide_{index + 1}", caption)
 
 
 def measured_labels(slide: SpotSlide, config: object, genes: list[str]) -> np.ndarray | None:

@@ -12,15 +12,14 @@ import torch
 
 from seq2expr.config import parse_settings
 from seq2expr.errors import UserError
-from seq2expr.image.slides import Slide, open_slide
-from seq2expr.image.tissue import tissue_mask
+from seq2expr.image.slides import open_slide
 from seq2expr.interpret.patches import (
     METHODS,
-    WHITE,
     PatchMaps,
     PatchProbe,
     PatchSettings,
     check_methods,
+    glass_colour,
     nuclei,
     smoothed,
     strongest,
@@ -32,6 +31,7 @@ from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import members_in
 from seq2expr.spots.data import SpotSlide
 from seq2expr.spots.predict import (
+    _NOT_ASKED,
     PREDICTED,
     SpotPredictor,
     _choose,
@@ -43,9 +43,6 @@ from seq2expr.store import publish
 
 FIRST_GENES = 3
 """Genes of the panel that are explained where none are named."""
-
-_LIGHT = 200  # of 255: darker ground is no glass but black, or dirt
-_LEAST_GLASS = 100  # pixels of the overview
 
 
 class _Asked(NamedTuple):
@@ -199,6 +196,11 @@ def interpret_spots(
         tiles((config.patch_px,) * 2, config.patch_um / config.patch_px, settings)
     if (slide is None) == (data is None):
         raise UserError("Give either a slide (with spots or grid_um) or a data file of slides.")
+    if data is not None and (spots, grid_um, mpp, pitch_um, slide_id, all_spots) != _NOT_ASKED:
+        raise UserError(
+            "A data file says of each slide what its spots and its scale are. Leave out spots, "
+            "grid_um, mpp, pitch_um, slide_id and all_spots."
+        )
     if slide is not None:
         one = asked_slide(
             Path(slide),
@@ -240,24 +242,6 @@ def choose_spots(values: np.ndarray, count: int) -> dict[int, str]:
     chosen = dict.fromkeys(order[:high], "highest")
     chosen |= dict.fromkeys(order[first : first + middle], "middle")
     return chosen | dict.fromkeys(order[len(order) - low :], "lowest")
-
-
-def glass_colour(slide: Slide, *, mpp: float) -> tuple[float, float, float]:
-    """Return the mean colour of the light ground of a slide; white where there is hardly any.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-    mpp
-        µm per level-0 pixel.
-    """
-    tissue = tissue_mask(slide, mpp=mpp)
-    overview = slide.region(0, 0, *slide.size, max_px=max(tissue.mask.shape))
-    glass = overview[~tissue.mask & (overview.min(-1) >= _LIGHT)]
-    if len(glass) < _LEAST_GLASS:
-        return (WHITE, WHITE, WHITE)
-    return tuple(glass.mean(0).tolist())
 
 
 def _run(predictor: SpotPredictor, asked: _Asked, out: Path) -> SlideInterpretation:

@@ -316,6 +316,12 @@ def read_spot_data(source: str | os.PathLike) -> SpotDataConfig:
     return data
 
 
+def check_name(slide: str) -> None:
+    """Refuse names of slides that neither ids of spots nor h5ad can hold."""
+    if not slide or "/" in slide:
+        raise UserError(f"The name of a slide is {slide!r}; it must hold no / and not be empty.")
+
+
 def read_panel(path: Path) -> Panel:
     """Read the panel of a run, which was chosen on its training spots.
 
@@ -340,6 +346,7 @@ def open_slide_spots(name: str, spec: SlideSpec, root: Path) -> SpotSlide:
     def under(path: str | None) -> Path | None:
         return None if path is None else root / path
 
+    check_name(name)
     if spec.image is None and spec.hest is None:
         raise UserError(f"{name} has no image, of which patches could be cut. Name its picture.")
     adata = read_spots(

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
 from seq2expr.image.labels import label_card
 from seq2expr.image.panels import Panel
-from seq2expr.image.patches import PatchSpec
+from seq2expr.image.patches import PatchSpec, inside_image
+from seq2expr.image.slides import open_slide
 from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
 from seq2expr.learn.tables import check_out, write_tsv
-from seq2expr.model.system import members_in
-from seq2expr.schema import SpotDataConfig
+from seq2expr.model.spot_system import SpotSystem
+from seq2expr.model.system import Ensemble, members_in
+from seq2expr.schema import SlideSpec, SpotQC
 from seq2expr.spots.controls import SpotRows, controls
 from seq2expr.spots.data import (
     SAME_SECTIONS,
@@ -32,6 +35,7 @@ from seq2expr.spots.metrics import PCC, Section
 from seq2expr.spots.predict import PREDICTED, all_answers, open_predictor, to_adata
 from seq2expr.spots.rivals import Chosen, label_of, spot_rows
 from seq2expr.spots.scores import Scores, score
+from seq2expr.spots.seen import seen_before, trained_slides
 
 if TYPE_CHECKING:  # anndata takes a second to import
     from anndata import AnnData
@@ -142,12 +146,15 @@ class _Source:
         Its slides, where they can be read.
     test
         Slides to test on, where a data set names them.
+    qc
+        Which of their spots count.
     """
 
     run: Path | None
     config: RunConfig | None
     trained: SpotData | None
     test: list[SpotSlide] | None
+    qc: SpotQC
 
     @classmethod
     def open(
@@ -155,6 +162,7 @@ class _Source:
     ) -> "_Source":
         config = run_config(run) if run and (run / "run.yaml").is_file() else None
         trained, test = None, None
+        qc = config.data.qc if config else SpotQC()
         if config is not None:
             home = Path(root or ".")
             if (run / "manifest.json").is_file() and (root is None or data is not None):
@@ -166,9 +174,20 @@ class _Source:
             names = given.split.test or list(given.slides)
             folder = Path(root or ".")
             test = [open_slide_spots(name, given.slides[name], folder) for name in names]
+            qc = given.qc
         elif trained is not None:
-            test = [trained.slides[name] for name in trained.split.test] or None
-        return cls(run, config, trained, test)
+            test = _tested(trained) or None
+        return cls(run, config, trained, test, qc)
+
+    @cached_property
+    def model(self) -> SpotSystem | Ensemble:
+        """The model of the run."""
+        return load_run(self.run)
+
+    @property
+    def member(self) -> SpotSystem:
+        """The model, or its first member."""
+        return members_in(self.model)[0]
 
     def predict(self, slides: Sequence[SpotSlide] | None) -> "AnnData":
         """Let the run predict the test slides."""
@@ -177,12 +196,23 @@ class _Source:
                 f"{self.run} names no test slide whose files are there. Name slides to test on "
                 "with --data FILE --root DIR."
             )
-        predictor = open_predictor(load_run(self.run), slides)
+        predictor = open_predictor(self.model, slides)
         genes = list(predictor.model.config.targets)
         return to_adata(predictor, genes, all_answers(predictor, genes))
 
 
-def _is_there(spec, home: Path) -> bool:
+def _tested(data: SpotData) -> list[SpotSlide]:
+    """Return the tested slides; of slides that are cut into blocks, their tested block."""
+    slides = [data.slides[name] for name in data.split.test]
+    tested = data.table.iloc[data.rows("test")]
+    if data.config.split.blocks is not None:
+        for name, spots in tested.groupby("slide", sort=False):
+            slide = data.slides[name]
+            slides.append(replace(slide, adata=slide.adata[spots["row"].to_numpy()].copy()))
+    return slides
+
+
+def _is_there(spec: SlideSpec, home: Path) -> bool:
     paths = (spec.image, spec.counts, spec.spots, spec.space_ranger, spec.hest, spec.h5ad)
     return all((home / path).exists() for path in paths if path is not None)
 
@@ -193,10 +223,9 @@ def _evaluate(
     about = dict(predicted.uns.get("seq2expr", {}))
     card = label_card(str(about.get("label", "cp10k")))
     panel = Panel.of(predicted.var_names.tolist(), str(about.get("panel", "listed")))
-    qc = source.config.data.qc if source.config else SpotDataConfig.model_fields["qc"].default
     notes, test, answers = [], [], {}
     for slide in slides:
-        enough = quality(slide, qc)
+        enough = quality(slide, source.qc)
         rows, predictions = _matched(predicted, slide, enough.keep, several=len(slides) > 1)
         notes += [
             f"{slide.name}: {n:,} spots left out, {why}" for why, n in enough.left_out.items()
@@ -213,7 +242,7 @@ def _evaluate(
     train, sublists = _training(source, panel, about)
     pictures = all(part.slide.image.is_file() for part in test)
     spec = _spec(about, source) if pictures else None
-    encoder = _encoder(source) if train is not None else None
+    encoder = source.member.encoder if train is not None else None
     beside = controls(
         None if train is None else spot_rows(train, spec=spec, encoder=encoder),
         rows_of_test := spot_rows(test, spec=spec, encoder=encoder, counts=True),
@@ -274,7 +303,7 @@ def _training(
         chosen.append(
             Chosen(data.slides[name], spots["row"].to_numpy(), labels[spots.index.to_numpy()])
         )
-    fitted = Panel.from_dict(members_in(load_run(source.run))[0].config.panel)
+    fitted = Panel.from_dict(source.member.config.panel)
     known = set(panel.genes)
     lists = {
         name: tuple(g for g in genes if g in known) for name, genes in fitted.sublists.items()
@@ -282,35 +311,23 @@ def _training(
     return chosen, {name: genes for name, genes in lists.items() if genes}
 
 
-def _encoder(source: _Source):
-    return members_in(load_run(source.run))[0].encoder
-
-
 def _spec(about: Mapping, source: _Source) -> PatchSpec:
     if source.run is not None:
-        config = members_in(load_run(source.run))[0].config
+        config = source.member.config
         return PatchSpec(um=config.patch_um, px=config.patch_px)
-    um = float(about.get("patch_um", 112.0))
-    return PatchSpec(um=um, px=224)
+    return PatchSpec(um=float(about["patch_um"]), px=int(about["patch_px"]))
 
 
 def _leaks(source: _Source, slides: Sequence[SpotSlide]) -> list[str]:
     """Say which test slides are not independent of what the run was trained on."""
     if source.config is None:
         return ["It is not known what the model was trained on; the split is not checked."]
-    split, data = source.config.data.split, source.config.data
-    if split.blocks is not None:
+    data = source.config.data
+    if data.split.blocks is not None and any(slide.name in data.slides for slide in slides):
         return [f"leaky: {SAME_SECTIONS}"]
-    trained = {n: s.patient or "" for n, s in data.slides.items() if n not in split.test}
-    notes = []
-    for slide in slides:
-        if slide.name in trained:
-            notes.append(f"leaky: {slide.name} was trained on")
-        elif not slide.patient or not all(trained.values()):
-            notes.append(f"leaky: a patient of {slide.name} or of the training is unknown")
-        elif slide.patient in trained.values():
-            notes.append(f"leaky: patient {slide.patient} of {slide.name} was trained on")
-    return notes
+    trained = trained_slides(source.run)
+    reasons = [seen_before(slide.name, slide.patient, trained) for slide in slides]
+    return [f"leaky: {reason}" for reason in reasons if reason is not None]
 
 
 def _matched(
@@ -349,9 +366,12 @@ def _read_h5ad(path: Path) -> "AnnData":
     import anndata
 
     try:
-        return anndata.read_h5ad(path)
+        adata = anndata.read_h5ad(path)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no h5ad: {error}. Give an AnnData file.") from error
+    if not (PREDICTED in adata.layers and "slide_id" in adata.obs and "seq2expr" in adata.uns):
+        raise UserError(f"{path} holds no predictions. Give an h5ad made by `seq2expr predict`.")
+    return adata
 
 
 def _predicted_slides(predicted: "AnnData", slides: Sequence[SpotSlide]) -> list[SpotSlide]:
@@ -373,12 +393,15 @@ def _truth_slides(path: Path, predicted: "AnnData | None") -> list[SpotSlide]:
 
     if predicted is None:
         raise UserError("--truth goes with predictions; a run is scored on the slides of --data.")
-    names = predicted.obs["slide_id"].astype(str).unique().tolist()
     scales = predicted.uns["seq2expr"]["mpp"]
     slides = []
-    for name in names:
-        about = predicted.uns["spatial"][name]["metadata"]
-        image = Path(about["source_image_path"])
-        adata = read_spots(name, image=image, h5ad=path, mpp=float(scales[name]))
-        slides.append(SpotSlide(name, str(adata.obs["patient_id"].iloc[0]), image, adata))
+    for name, spots in predicted.obs.groupby("slide_id", sort=False, observed=True):
+        image = Path(predicted.uns["spatial"][name]["metadata"]["source_image_path"])
+        there = image if image.is_file() else None
+        adata = read_spots(name, image=there, h5ad=path, mpp=float(scales[name]))
+        if there is not None:  # spots outside were not predicted either
+            with open_slide(there) as picture:
+                adata = adata[inside_image(adata.obsm["spatial"], picture.size)].copy()
+        patient = str(adata.obs["patient_id"].iloc[0]) or str(spots["patient_id"].iloc[0])
+        slides.append(SpotSlide(str(name), patient, image, adata))
     return slides

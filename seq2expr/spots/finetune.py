@@ -4,11 +4,12 @@ from pathlib import Path
 
 from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
+from seq2expr.learn.adapters import system_of
 from seq2expr.learn.finetune import Tuning, build_member, geometry_of, of_base
-from seq2expr.learn.runs import run_config
 from seq2expr.learn.task import Task
 from seq2expr.model.system import members_of
 from seq2expr.schema import SpotDataConfig
+from seq2expr.spots.seen import check_unseen
 from seq2expr.spots.train import fit_targets, open_material, spot_system
 
 
@@ -18,38 +19,16 @@ def _as_base(config: RunConfig, base: Path, root: Path) -> SpotDataConfig:
     return config.data
 
 
-def check_unseen(run: Path, data: SpotDataConfig, root: Path, *, what: str) -> bool:
-    """Refuse to test on slides or patients that an earlier run was trained on.
-
-    Parameters are those of :func:`seq2expr.learn.seen.check_unseen`.
-    """
-    before = run_config(run).data
-    held = set(before.split.test)
-    trained = {name: spec for name, spec in before.slides.items() if name not in held}
-    patients = {spec.patient for spec in trained.values()}
-    for name in data.split.test:
-        patient = data.slides[name].patient if name in data.slides else None
-        known = patient is not None and None not in patients
-        if name not in trained and known and patient not in patients:
-            continue
-        if not data.split.allow_leaky:
-            raise UserError(
-                f"The {what} was trained on {', '.join(trained)}; that {name} is of another "
-                "patient is not known or not so. Test on another patient, or set "
-                "data.split.allow_leaky=true."
-            )
-        return True
-    return False
-
-
 def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
     """Open the slides, and say how a member is built from that of the base."""
     members = members_of(base)
     geometry = geometry_of(config, base)
-    adapted = build_member(members, config, None, 0)
-    # What an adapter changes is computed anew at every step.
-    encoder = adapted.get_submodule(_inner(adapted) + "encoder")
-    material = open_material(config, geometry, root, encoder=encoder)
+    # What an adapter changes, and what differs among members, is computed anew at every step.
+    encoders = [
+        system_of(build_member(members, config, None, member)).encoder
+        for member in range(len(members))
+    ]
+    material = open_material(config, geometry, root, encoders=encoders)
     fitted = fit_targets(material)
     renewed = None
     if (fitted["targets"], fitted["label"]) != (geometry.targets, geometry.label):
@@ -61,14 +40,6 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
             )
         renewed = type(geometry).from_dict(geometry.to_dict() | fitted)
     return Task(config, material, **of_base(members, config, renewed))
-
-
-def _inner(model: object) -> str:
-    return (
-        "base_model.model."
-        if hasattr(model, "base_model") and hasattr(model, "peft_config")
-        else ""
-    )
 
 
 SPOTS = Tuning(_as_base, check_unseen, _prepare)

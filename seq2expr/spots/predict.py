@@ -21,8 +21,8 @@ from seq2expr.learn.tables import check_out, write_skipped
 from seq2expr.model.batch import Prediction, fields_on
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
-from seq2expr.spots.data import SpotSlide, open_slide_spots, read_spot_data
-from seq2expr.spots.reading import SpotReader, open_inputs
+from seq2expr.spots.data import SpotSlide, check_name, open_slide_spots, read_spot_data
+from seq2expr.spots.reading import SpotReader, keeps_features, open_inputs
 from seq2expr.store import digest, file_digest, publish
 
 if TYPE_CHECKING:  # anndata takes a second to import
@@ -33,6 +33,9 @@ ENDINGS = (".h5ad",)
 
 PREDICTED = "predicted"
 """Layer of the predictions; further answers are ``predicted_<name>``."""
+
+
+_NOT_ASKED = (None, None, None, None, None, False)
 
 
 class SpotPredictions(NamedTuple):
@@ -103,8 +106,8 @@ def open_predictor(
         model = model.to("cuda")
     system = members_in(model)[0]
     config = system.config
-    # A member that trained its own encoder reads pixels; so do all where one does.
-    cache = isinstance(model, SpotSystem) or all(m.encoder.frozen for m in members_in(model))
+    # Where one member has an encoder of its own, all of them read pixels.
+    cache = keeps_features(*(member.encoder for member in members_in(model)))
     spec = PatchSpec(um=config.patch_um, px=config.patch_px)
     inputs = open_inputs(slides, system.encoder, spec, cache=cache, verify=verify)
     counts = [len(slide.adata) for slide in slides]
@@ -179,6 +182,11 @@ def predict_spots(
         )
     if (slide is None) == (data is None):
         raise UserError("Give either a slide (with spots or grid_um) or a data file of slides.")
+    if data is not None and (spots, grid_um, mpp, pitch_um, slide_id, all_spots) != _NOT_ASKED:
+        raise UserError(
+            "A data file says of each slide what its spots and its scale are. Leave out spots, "
+            "grid_um, mpp, pitch_um, slide_id and all_spots."
+        )
     if slide is not None:
         one = asked_slide(
             Path(slide),
@@ -262,6 +270,7 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
         "system": config.model_type,
         "encoder": config.encoder["kind"],
         "patch_um": config.patch_um,
+        "patch_px": config.patch_px,
         "mpp": {slide.name: slide.mpp for slide in slides},
     }
     return adata
@@ -283,7 +292,8 @@ def asked_slide(
 
     if (spots is None) == (grid_um is None):
         raise UserError("Give the spots of the slide (--spots FILE) or a grid (--grid-um F).")
-    name = slide_id or image.name.partition(".")[0]
+    name = image.name.partition(".")[0] if slide_id is None else slide_id
+    check_name(name)
     with open_slide(image) as picture:
         size = picture.size
         if spots is None:

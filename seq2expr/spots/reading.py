@@ -12,6 +12,7 @@ from seq2expr.image.patches import PatchSpec, PatchStore, open_patches
 from seq2expr.learn.feature_store import FeatureStore, open_features
 from seq2expr.model.batch import Batch
 from seq2expr.model.encoders import PatchEncoder
+from seq2expr.model.system import is_added
 from seq2expr.spots.data import SpotSlide
 
 BATCH = 64
@@ -19,6 +20,21 @@ BATCH = 64
 
 TURNS = 8
 """Ways to turn and flip a square."""
+
+
+def keeps_features(*encoders: PatchEncoder) -> bool:
+    """Tell whether the features of a patch are the same for all these encoders, and known by name.
+
+    They are not where an encoder was trained or adapted: its identity tells it before that.
+    """
+    for encoder in encoders:
+        if not encoder.frozen or encoder.resolved["train"] or any(map(is_added, _names(encoder))):
+            return False
+    return len({encoder.identity for encoder in encoders}) == 1
+
+
+def _names(encoder: PatchEncoder) -> list[str]:
+    return [name for name, _ in encoder.named_parameters()]
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class SlideInputs:
     patches
         Pixels around each spot.
     features
-        Tokens of a frozen encoder; None where the encoder is part of what is trained.
+        Tokens of the encoder; None where it is part of what is or was trained.
     """
 
     slide: SpotSlide
@@ -49,7 +65,7 @@ def open_inputs(
     cache: bool = True,
     verify: bool = False,
 ) -> dict[str, SlideInputs]:
-    """Cut the patches of slides, and encode them once where the encoder is frozen.
+    """Cut the patches of slides, and encode them once where that can be kept.
 
     Parameters
     ----------
@@ -62,7 +78,8 @@ def open_inputs(
     turned
         Also encode them turned and flipped.
     cache
-        Keep the features; otherwise the encoder runs at every step.
+        Keep the features, where they are known by name (see :func:`keeps_features`); otherwise
+        the encoder runs at every step.
     verify
         Hash pictures again even where path, size and time are known.
     """
@@ -70,7 +87,7 @@ def open_inputs(
     for slide in slides:
         patches = open_patches(slide.image, slide.xy, mpp=slide.mpp, spec=spec, verify=verify)
         features = None
-        if encoder.frozen and cache:
+        if cache and keeps_features(encoder):
             features = open_features(encoder, patches, turns=TURNS if turned else 1)
         found[slide.name] = SlideInputs(slide, patches, features)
     return found

@@ -13,6 +13,7 @@ from seq2expr.learn.feature_store import open_features
 from seq2expr.model.encoders import PatchEncoder, build_encoder, resolve_encoder
 from seq2expr.spots.controls import Label, SpotRows
 from seq2expr.spots.data import SpotSlide
+from seq2expr.spots.reading import keeps_features
 
 COLOURS = {
     "mean_od": {"kind": "colour", "what": "mean_od"},
@@ -55,14 +56,15 @@ def spot_rows(
     spec
         Patches whose colours are read; None where there is no picture.
     encoder
-        A frozen encoder, whose tokens are averaged; None leaves out the ridge on features.
+        An encoder whose features are kept, to be averaged over tokens; with None, or one that was
+        trained, there is no ridge on features.
     counts
         Whether the raw counts are needed (to halve them).
     """
     looked_at = dict.fromkeys((*COLOURS, "features"))
     if spec is not None:
         encoders = {name: build_encoder(resolve_encoder(how)) for name, how in COLOURS.items()}
-        if encoder is not None and encoder.frozen:
+        if encoder is not None and keeps_features(encoder):
             encoders["features"] = encoder
         for name, one in encoders.items():
             looked_at[name] = np.concatenate([_tokens(part, spec, one) for part in chosen])

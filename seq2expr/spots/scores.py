@@ -70,13 +70,24 @@ class Scores:
         lines = []
         for subset, rows in chosen.groupby("subset", sort=False):
             sections, patients = rows["n_sections"].max(), rows["n_patients"].max()
-            lines.append(f"{metric}, {subset} ({of_patients(sections, patients)})")
+            shared = _shared_notes(rows.loc[rows["low"].notna(), "note"])
+            heading = "; ".join([of_patients(sections, patients), *shared])
+            lines.append(f"{metric}, {subset} ({heading})")
             rows = rows.sort_values("value", ascending=METRICS[metric].sign < 0)
             for row in rows.itertuples(index=False):
                 interval = "" if np.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
-                said = "; ".join(filter(None, [verdicts.get((subset, row.name), ""), row.note]))
+                own = [note for note in row.note.split("; ") if note not in shared]
+                said = "; ".join(filter(None, [verdicts.get((subset, row.name), ""), *own]))
                 lines.append(f"  {row.name:<20} {row.value:7.3f}{interval}  {said}".rstrip())
         return "\n".join(lines)
+
+
+def _shared_notes(notes: Iterable[str]) -> list[str]:
+    """Return what every one of some notes says."""
+    parts = [note.split("; ") for note in notes]
+    return (
+        [part for part in parts[0] if part and all(part in own for own in parts)] if parts else []
+    )
 
 
 def score(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,13 @@ from seq2expr.model.encoders import PatchEncoder, build_encoder
 from seq2expr.model.spot_system import SpotConfig, SpotSystem
 from seq2expr.model.system import check_settings, system_class
 from seq2expr.spots.data import SpotData, open_spots
-from seq2expr.spots.reading import SpotCollator, SpotReader, index_table, open_inputs
+from seq2expr.spots.reading import (
+    SpotCollator,
+    SpotReader,
+    index_table,
+    keeps_features,
+    open_inputs,
+)
 from seq2expr.store import write_text
 
 log = logging.getLogger(__name__)
@@ -187,13 +193,18 @@ class SpotMaterial:
 
 
 def open_material(
-    config: RunConfig, geometry: SpotConfig, root: Path, *, encoder: PatchEncoder | None = None
+    config: RunConfig,
+    geometry: SpotConfig,
+    root: Path,
+    *,
+    encoders: Sequence[PatchEncoder] = (),
 ) -> SpotMaterial:
     """Open the slides for a system of this geometry; choose the panel on training spots.
 
-    The encoder is made from the geometry where none is given; features of a frozen one are kept.
+    The encoders are those of the members, by default the one that the geometry names; features are
+    kept where they are the same for all.
     """
-    encoder = encoder or build_encoder(geometry.encoder)
+    encoders = encoders or [build_encoder(geometry.encoder)]
     system = spot_system(config.system)
     data = open_spots(config.data, root)
     leaks = data.leaks + data.check_overlap(geometry.patch_um)
@@ -202,7 +213,7 @@ def open_material(
         config,
         data,
         panel,
-        _open_reader(data, panel, geometry, system, encoder, turned=config.train.dihedral),
+        _open_reader(data, panel, geometry, system, encoders, turned=config.train.dihedral),
         leaks,
     )
 
@@ -212,14 +223,20 @@ def _open_reader(
     panel: Panel,
     geometry: SpotConfig,
     system: type[SpotSystem],
-    encoder: PatchEncoder,
+    encoders: Sequence[PatchEncoder],
     *,
     turned: bool,
 ) -> SpotReader:
     """Open patches or features of all spots of a data set, with their labels."""
     spec = PatchSpec(um=geometry.patch_um, px=geometry.patch_px)
     with PartialState().main_process_first():
-        inputs = open_inputs(list(data.slides.values()), encoder, spec, turned=turned)
+        inputs = open_inputs(
+            list(data.slides.values()),
+            encoders[0],
+            spec,
+            turned=turned,
+            cache=keeps_features(*encoders),
+        )
     expression = None
     targets = data.labels(panel)
     if system.reads_expression:

@@ -28,32 +28,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch, Encoded, fields_on
 from seq2expr.model.contrast import LogitScale, clip_loss, siglip_loss
-from seq2expr.model.retrieval import KeyStore
+from seq2expr.model.paired_system import PairedConfig, PairedSystem
 from seq2expr.model.ridge import blocks_along, fit_ridge
-from seq2expr.model.spot_system import Batches, SpotConfig, SpotSystem
+from seq2expr.model.spot_system import Batches
 
-_CHOICES = {
-    "image_head": ("linear", "mlp"),
-    "gene_encoder": ("mlp", "pca", "linear"),
-    "loss": ("clip", "siglip"),
-    "answer": ("knn", "ridge"),
-}
 _GENE_LAYERS = 3
 _GENE_WIDTH = 128
 _IMAGE_WIDTH = 256
 _SIGLIP_BIAS = -10.0
 
 
-class HESCAPEConfig(SpotConfig):
+class HESCAPEConfig(PairedConfig):
     """Configuration of HESCAPE.
 
     Parameters
     ----------
-    embedding
-        Width of the common space.
     image_head
         Projection of the pooled tokens: ``linear``, or ``mlp`` (256 hidden units, dropout 0.2).
     gene_encoder
@@ -65,41 +56,25 @@ class HESCAPEConfig(SpotConfig):
         ``clip`` (cross-entropy over the batch) or ``siglip`` (a sigmoid for every pair).
     answer
         ``knn`` or ``ridge``.
-    neighbours, neighbour_temperature
-        Training spots that a ``knn`` averages, weighted by softmax(cosine / temperature).
-    head_gradient
-        Let the loss of the shared head train an encoder that is not frozen, too.
-    n_keys
-        Training spots that are looked up.
     """
 
     model_type: ClassVar[str] = "hescape"
-    derived: ClassVar[tuple[str, ...]] = ("n_keys",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "image_head": ("linear", "mlp"),
+        "gene_encoder": ("mlp", "pca", "linear"),
+        "loss": ("clip", "siglip"),
+        "answer": ("knn", "ridge"),
+    }
+    positive: ClassVar[tuple[str, ...]] = (*PairedConfig.positive, "components")
 
-    embedding: int = 128
     image_head: str = "mlp"
     gene_encoder: str = "mlp"
     components: int = 50
     loss: str = "clip"
     answer: str = "knn"
-    neighbours: int = 50
-    neighbour_temperature: float = 0.1
-    head_gradient: bool = False
-    n_keys: int = 0
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}."
-                )
-        for name in ("embedding", "components", "neighbours", "neighbour_temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be above 0.")
-        super().__post_init__(**kwargs)
 
 
-class HESCAPE(SpotSystem):
+class HESCAPE(PairedSystem):
     """Image side, gene side, and what is looked up between them.
 
     Parameters
@@ -109,133 +84,67 @@ class HESCAPE(SpotSystem):
     """
 
     config_class = HESCAPEConfig
-    reads_expression: ClassVar[bool] = True
-    selects: ClassVar[str] = "loss"
     whole: ClassVar[tuple[str, ...]] = (
         *("head", "image_side", "gene_side", "scale", "keys", "ridge"),
     )
 
     def __init__(self, config: HESCAPEConfig):
         super().__init__(config)
-        d_image, n_targets = self.build_encoder().layout[1], len(config.targets)
-        n_genes = len(config.expression_mean or config.targets)
-        self.register_buffer(
-            "expression_mean", torch.tensor(config.expression_mean or [0.0] * n_genes)
-        )
-        self.register_buffer(
-            "expression_sd", torch.tensor(config.expression_sd or [1.0] * n_genes)
-        )
+        d_image, n_genes = self.build_inputs()
         self.image_side = _image_head(config.image_head, d_image, config.embedding)
         self.gene_side = _gene_encoder(config, n_genes)
         self.scale = LogitScale(bias=_SIGLIP_BIAS if config.loss == "siglip" else None)
-        self.head = self.make_head(d_image)
-        self.keys = KeyStore(config.n_keys, config.embedding, n_targets)
-        self.ridge = FittedMap(d_image, n_targets)
+        # A head that trains the encoder, too, has to be heard from the first step.
+        self.build_answers(d_image, quiet=not config.head_gradient)
+        self.ridge = FittedMap(d_image, len(config.targets))
         self.post_init()
 
-    # ------------------------------------------------------------ embeddings
-
-    def features(self, batch: Batch) -> Tensor:
-        """Return the image features before the projection [B, D]: the mean over the tokens."""
-        return self.tokens(batch).mean(dim=1)
-
-    def embeddings(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the embeddings of the image and of the expression [B, E], of unit length.
-
-        The second is None where the batch has no ``expression``.
-        """
-        image = self._embed_image(self.features(batch))
-        return image, None if batch.expression is None else self._embed_genes(batch)
-
-    def _embed_image(self, features: Tensor) -> Tensor:
+    def embed_image(self, features: Tensor) -> Tensor:
+        """Project image features [B, D], to unit length."""
         return F.normalize(self.image_side(features).float(), dim=1)
 
-    def _embed_genes(self, batch: Batch) -> Tensor:
-        return F.normalize(self.gene_side(self._expression(batch)).float(), dim=1)
+    def embed_spots(self, batch: Batch) -> Tensor:
+        """Project the standardised expression, to unit length."""
+        return F.normalize(self.gene_side(self.expression(batch)).float(), dim=1)
 
-    def _expression(self, batch: Batch) -> Tensor:
-        """Return the standardised expression [B, G_in]; what is not known is at its mean."""
-        scaled = (batch.expression.float() - self.expression_mean) / self.expression_sd
-        return scaled.nan_to_num(nan=0.0)
-
-    # ------------------------------------------------------------ training
-
-    def encode(self, batch: Batch) -> Encoded:
-        """Pool the tokens; with expression and targets, compare the two sides."""
-        features = self.features(batch)
-        losses = {}
-        if batch.expression is not None and batch.target is not None:
-            losses["contrast"] = self._contrast(
-                self._embed_image(features), self._embed_genes(batch)
-            )
-        return Encoded(features, losses=losses)
-
-    def read_out(
-        self, encoded: Encoded, batch: Batch, losses: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the features to the head; while training, without a way back to the encoder."""
-        cut = self.training and not self.config.head_gradient
-        return encoded.site.detach() if cut else encoded.site, {}
-
-    def _contrast(self, image: Tensor, genes: Tensor) -> Tensor:
+    def contrast(self, image: Tensor, spots: Tensor) -> Tensor:
+        """Return the loss that the configuration names."""
         if self.config.loss == "clip":
-            return clip_loss(image, genes, self.scale())
-        return siglip_loss(image, genes, self.scale(), self.scale.bias)
-
-    def _check(self, batch: Batch) -> None:
-        super()._check(batch)
-        if self.training and batch.expression is None:
-            raise UserError(
-                "The model learns from pairs of a patch and its expression; the batch has no "
-                f"expression. Give {self._flag('expression')}."
-            )
+            return clip_loss(image, spots, self.scale())
+        return siglip_loss(image, spots, self.scale(), self.scale.bias)
 
     # ------------------------------------------------------------ what is fitted, not trained
 
     @torch.no_grad()
     def prepare(self, batches: Batches) -> None:
-        """Fit the axes of ``pca`` to the training spots; a model that has axes keeps them."""
+        """Forget keys; fit the axes of ``pca`` to the training spots, if the model has none."""
+        super().prepare(batches)
         for module in self.modules():
             if isinstance(module, PrincipalScores) and not module.axes.any():
                 rows = (Batch(**fields_on(batch, self.device)) for batch in batches("train"))
-                module.fit(self._expression(batch) for batch in rows)
+                module.fit(self.expression(batch) for batch in rows)
 
-    @torch.no_grad()
     def settle(self, batches: Batches) -> None:
         """Fit keys and ridge to the training spots that have targets.
 
         A target that is not known counts as its training mean.
         """
-        parts = [self._row_parts(batch) for batch in batches("train")]
-        features, keys, values, slide, xy = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.keys.fill(keys, values)
-        self.config.n_keys = self.keys.count
-        lone = len(slide.unique()) == 1
-        groups = blocks_along(xy.numpy()) if lone else slide.numpy()
-        found = fit_ridge(features.double().numpy(), values.double().numpy(), groups)
+        rows = self.training_rows(batches, features=self.features, key=self.embed_spots)
+        known = rows["target_mask"].any(dim=1)
+        rows = {name: column[known] for name, column in rows.items()}
+        self.keep(rows["key"], rows["target"])
+        lone = len(rows["slide"].unique()) == 1
+        groups = blocks_along(rows["xy_um"].numpy()) if lone else rows["slide"].numpy()
+        features, values = (rows[name].double().numpy() for name in ("features", "target"))
+        found = fit_ridge(features, values, groups)
         self.ridge.fill(found.centre, found.weight, found.level)
 
-    def _row_parts(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return features, keys, values, slide and place of the rows that have a target."""
-        here = Batch(**fields_on(batch, self.device))
-        known = here.target_mask
-        if known is None:
-            known = torch.ones_like(here.target, dtype=torch.bool)
-        values = torch.where(known, here.target, self.head.mean)
-        kept = known.any(dim=1)
-        parts = (self.features(here), self._embed_genes(here), values, here.slide, here.xy_um)
-        return tuple(part[kept].cpu() for part in parts)
-
     def answer(self, mean: Tensor, encoded: Encoded) -> dict[str, Any]:
-        """Return the answer by neighbours or by ridge, the others beside it; first the head's."""
-        if self.training or not self.keys.count:
-            return {"mean": mean}
-        nearest = self.keys(
-            self._embed_image(encoded.site),
-            k=self.config.neighbours,
-            temperature=self.config.neighbour_temperature,
-        )
-        answers = {"knn": nearest, "ridge": self.ridge(encoded.site), "head": mean}
+        """Answer by neighbours or by ridge, the others beside it; by the head before settling."""
+        found = super().answer(mean, encoded)
+        if "other" not in found:
+            return found
+        answers = {"knn": found["mean"], "ridge": self.ridge(encoded.site), **found["other"]}
         return {"mean": answers.pop(self.config.answer), "other": answers}
 
 

@@ -12,15 +12,9 @@ from seq2expr.config import AdapterConfig, merge
 from seq2expr.errors import UserError
 from seq2expr.learn.adapters import add_adapter
 from seq2expr.model.batch import Batch
+from seq2expr.model.spot_encoder import SpotBlock, sinusoid
 from seq2expr.model.system import System, check_settings
-from seq2expr.systems.mclstexp import (
-    MODES,
-    MclSTExp,
-    MclSTExpConfig,
-    SpotBlock,
-    section_blocks,
-    sinusoid,
-)
+from seq2expr.systems.mclstexp import MODES, MclSTExp, MclSTExpConfig, section_blocks
 from seq2expr.yamlfile import parse_yaml
 
 GENES, WIDTH, TOKENS = 12, 15, 2  # of colour15
