@@ -118,6 +118,7 @@ def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> Syst
         changes = SMALL_SPOTS[name] | settings
         if changes["encoder"] == "vit":
             changes["encoder"] = {"kind": "transformers", "model": str(toy_vit())}
+            changes["token_sd"] = [0.12] * 16  # as training would find it
     else:
         fitted |= {"tracks": TRACKS, "n_features": 2, "head": {"hidden": 16, "depth": 1}}
         changes = (_small_gta if name == "gta" else _small_seq2exp)(**settings)

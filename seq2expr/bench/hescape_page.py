@@ -27,6 +27,7 @@ from seq2expr.plot import (
     NORMAL,
     ORANGE,
     PALE,
+    PINK,
     SMALL,
     plain,
     style_axes,
@@ -36,6 +37,7 @@ from seq2expr.report import Report
 from seq2expr.spots.hest import PANEL_ON_TEST, POOLED
 from seq2expr.spots.intervals import average, without_resamples
 from seq2expr.spots.metrics import PANEL, PARTIAL, PCC
+from seq2expr.spots.retrieval import DRAWS
 from seq2expr.spots.scores import BELOW_GAUGE
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ FILES = {
 FROZEN = "the encoder is frozen: as untouched"
 
 _KEY = ["pair", "encoder", "gene_encoder", "loss", "stage", "width", "measure", "of", "pool"]
+_OWNER = ["pair", "encoder", "gene_encoder", "loss", "fold", "seed"]
 _NUMBERS = ["value", "low", "high", "chance", "n"]
 _BY_SECTION = ("retrieval", "honest")  # the others have one value a fold
-_COLOURS = {UNTOUCHED: GREY, UNTRAINED: PALE, BEFORE_HEAD: GREEN, AFTER_HEAD: BLUE, GENES: ORANGE}
+_COLOURS = {UNTOUCHED: GREY, UNTRAINED: PINK, BEFORE_HEAD: GREEN, AFTER_HEAD: BLUE, GENES: ORANGE}
 _DIRECTIONS = {"image_to_expression": BLUE, "expression_to_image": ORANGE}
 _OTHERS = ("spearman_per_gene_across_spots", PARTIAL, "r2_vs_train_mean", "rvd", "morans_i_error")
 
@@ -80,29 +83,26 @@ def gather(pairs: "Pairs", failures: Mapping[str, str]) -> pd.DataFrame:
             return []
         return [job.read().assign(fold=f.number) for f, job in zip(pairs.folds, jobs, strict=True)]
 
-    columns = ["pair", "encoder", "gene_encoder", "loss", "fold", "seed", *COLUMNS]
-    found, first = [], True
+    nothing = pd.DataFrame(columns=[*_OWNER, *COLUMNS])
+    found = []
     seeds = list(dict.fromkeys(seed for _, _, seed in pairs.measures if seed is not None))
     for encoder, look in pairs.looks.items():
-        came = pd.concat([pd.DataFrame(columns=["stage"]), *tables(encoder, None)])
+        came = pd.concat(tables(encoder, None) or [nothing])
+        came = came.assign(pair="", gene_encoder="", loss="", seed=np.nan)
         references = came["stage"].isin(REFERENCES)
-        fixed = {"pair": "", "gene_encoder": "", "loss": "", "seed": np.nan}
-        if first and references.any():
-            first = False
-            found.append(came[references].assign(encoder="", **fixed))
-        came = came[~references]
-        found.append(came.assign(encoder=encoder, **fixed))
+        came["encoder"] = np.where(references, "", encoder)
+        found.append(came)
         for row in (row for row in pairs.rows if row.encoder == encoder):
-            fixed = row._asdict() | {"pair": row.name}
-            own = {seed: tables(row.name, seed) for seed in seeds}
-            own = [table.assign(seed=seed) for seed, found in own.items() for table in found]
+            own = [t.assign(seed=seed) for seed in seeds for t in tables(row.name, seed)]
+            if own and not look.encoder["train"]:
+                own.insert(0, _as_untouched(came[~references]))
             if own:
-                frozen = [] if look.encoder["train"] else [_as_untouched(came)]
-                both = pd.concat([*frozen, *own])
-                both = both[~both["stage"].isin(REFERENCES)].assign(**fixed)
+                both = pd.concat(own).assign(pair=row.name, **row._asdict())
+                both = both[~both["stage"].isin(REFERENCES)]
                 found.append(both.sort_values("stage", key=_order, kind="stable"))
-    table = pd.concat([one for one in found if len(one)] or [pd.DataFrame(columns=columns)])
-    return table[columns].reset_index(drop=True)
+    table = pd.concat([one for one in found if len(one)] or [nothing])
+    once = [*_OWNER, "kind", "stage", "place", "measure", "of", "pool"]
+    return table[[*_OWNER, *COLUMNS]].drop_duplicates(once, ignore_index=True)
 
 
 def _as_untouched(table: pd.DataFrame) -> pd.DataFrame:
@@ -283,8 +283,8 @@ def _write_retrieval(report: Report, found: "HescapeBenchmark") -> None:
         f"{caption}: mean (tick) and each section (small marks). Open diamonds: chance.",
     )
     reach = f"within {spec.region_pitches:g} distances between spots of the query"
-    for pool in lines_of(found.tables["retrieval"], "pool"):
-        over = "all spots of the section" if pool == SECTION else f"20 draws of {pool} spots"
+    for pool in _distinct(found.tables["retrieval"], "pool"):
+        over = "all spots of the section" if pool == SECTION else f"{DRAWS} draws of {pool} spots"
         for region, hit in (("", "the spot itself"), ("_same_region", f"any spot {reach}")):
             rows = _recalls(found, pool, region)
             if len(rows):
@@ -300,7 +300,7 @@ def _write_retrieval(report: Report, found: "HescapeBenchmark") -> None:
         )
 
 
-def lines_of(table: pd.DataFrame, column: str) -> list[str]:
+def _distinct(table: pd.DataFrame, column: str) -> list[str]:
     """Return what a column of a table holds, in order."""
     return [value for value in dict.fromkeys(table[column]) if value]
 
@@ -349,7 +349,7 @@ def _write_batch(report: Report, found: "HescapeBenchmark") -> None:
         "fitted on; silhouette: 1 is apart, 0 mixed; neighbour mixing: how many meet around a "
         "spot. In brackets: chance."
     )
-    for of in lines_of(table, "of"):
+    for of in _distinct(table, "of"):
         rows = table[table["of"] == of]
         missing = rows["note"].str.contains("not given")
         if missing.all():

@@ -309,6 +309,31 @@ def test_what_is_not_given_is_said_on_the_page(done, tmp_path):
     assert f"<td>{why}</td>" in page
 
 
+# Averages
+
+
+def test_seeds_then_sections_then_patients(done):
+    (pattern,) = done.measures.query(
+        "kind == 'retrieval' and measure == 'recall_at_5' and pair == @PAIRS[0] and "
+        "place == 'B1' and of == 'image_to_expression' and pool == 'section'"
+    ).to_dict("records")
+    values = {("a", "P0"): 0.1, ("b", "P0"): 0.3, ("c", "P1"): 0.4, ("d", ""): 0.5}
+    values |= {("e", ""): 0.6, ("f", "P2"): 0.7}
+    rows = [
+        pattern | {"place": place, "patient": patient, "seed": seed, "value": value + 0.02 * seed}
+        for (place, patient), value in values.items()
+        for seed in (0, 1)
+    ]
+    table = averages(pd.DataFrame(rows), done.pairs, n_boot=200)["retrieval"]
+    (row,) = table.to_dict("records")
+    # P0 is the mean of its two sections; each section of an unknown patient is one.
+    expected = 0.01 + np.mean([0.2, 0.4, 0.5, 0.6, 0.7])
+    assert row["value"] == pytest.approx(expected, abs=1e-12)
+    assert row["low"] < expected < row["high"]
+    assert (row["a"], row["seeds"], row["n_places"]) == (pytest.approx(0.11), 2, 6)
+    assert row["seed_sd"] == pytest.approx(0.02 / np.sqrt(2))
+
+
 # The page, files
 
 
@@ -324,6 +349,7 @@ def test_files_are_written(done):
     kept = parse_yaml((done.out / "protocol.yaml").read_text())
     assert kept["made_from"]["folds"] == [{"test": ["A1", "A2"]}, {"test": ["B1"]}]
     assert kept["made_from"]["leaky"] is False
+    assert load_hescape(done.out / "protocol.yaml").rows == done.protocol.rows
     assert done.failed.empty
 
 

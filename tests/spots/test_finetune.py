@@ -51,7 +51,7 @@ def tune(slides, base, tmp_path):
             out=tmp_path / out,
             adapter=kind,
             merge=merge,
-            overrides=["train.epochs=2", "train.batch_size=8", *overrides],
+            overrides=["train.epochs=1", "train.batch_size=10", *overrides],
         )
 
     return call
@@ -131,7 +131,7 @@ def test_the_encoder_of_a_base_that_trained_its_own_is_never_taken_from_disk(
 ):
     """Runs of two seeds have encoders of one identity (that before training)."""
     data = write_data(tmp_path / "data.yaml", part_of(slides, "AC"))
-    settings = ["model.encoder={kind: cnn, px: 32}", "train.epochs=1", "train.batch_size=8"]
+    settings = ["model.encoder={kind: cnn, px: 16}", "train.epochs=1", "train.batch_size=15"]
     bases = [
         slides.train(tmp_path / f"base{seed}", *settings, f"train.seed={seed}", data=data)
         for seed in (0, 1)
