@@ -50,6 +50,7 @@ def test_the_mapping_names_what_is_there(world):
         "spots": "B2_selection.tsv",
         "patient": "B",
         "mpp": MPP,
+        "pitch_um": PITCH_UM,
     }
     paths = [entry[key] for entry in slides.values() for key in ("image", "counts", "spots")]
     assert sorted([*paths, "truth.tsv"]) == sorted(path.name for path in root.iterdir())

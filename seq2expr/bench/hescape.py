@@ -25,7 +25,7 @@ from seq2expr.bench.hescape_jobs import MeasureJob, PairJob
 from seq2expr.bench.hescape_protocol import HescapeProtocol, Row
 from seq2expr.bench.jobs import Step, carry_out
 from seq2expr.bench.run import check_folder
-from seq2expr.bench.spot_grid import _identity as identity_of
+from seq2expr.bench.spot_grid import slide_identity
 from seq2expr.bench.spot_jobs import Look
 from seq2expr.bench.spot_protocol import Fold, folds_of
 from seq2expr.errors import UserError
@@ -204,7 +204,7 @@ def lay_out(
     folds = folds_of(spec, spec.name)
     root, folder = root.absolute(), out.absolute() / "runs"
     opened = [open_spots(fold.data, root) for fold in folds]
-    inputs = {n: identity_of(slide) for data in opened for n, slide in data.slides.items()}
+    inputs = {n: slide_identity(slide) for data in opened for n, slide in data.slides.items()}
     looks = {row.encoder: _look(spec, row, folds[0]) for row in rows}
     leaks = [why for data in opened for why in data.leaks]
     for data in opened:

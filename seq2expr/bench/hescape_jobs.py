@@ -30,7 +30,6 @@ from seq2expr.spots.data import SpotData, open_spots
 from seq2expr.spots.hest import (
     PANEL_ON_TEST,
     RIDGE,
-    Probed,
     ProbeSlide,
     hest_protocol,
     honest_protocol,
@@ -48,7 +47,7 @@ BEFORE_HEAD, AFTER_HEAD, GENES = "before_head", "after_head", "gene_side"
 STAGES = {
     UNTOUCHED: "features of the encoder as it came",
     BEFORE_HEAD: "its features after the contrast, before the projection",
-    UNTRAINED: "the projection with random weights: what its width alone costs",
+    UNTRAINED: "the projection before training: what its width and its unit length cost",
     AFTER_HEAD: "the projection after the contrast: the embedding that is compared",
     GENES: "the embedding of the expression",
 }
@@ -303,14 +302,14 @@ def _expression(
 
 
 def _probe_slides(data: SpotData, rows: np.ndarray, features: np.ndarray) -> list[ProbeSlide]:
-    """Return the sections for a probe, those tested on together as a patient of their own."""
-    fold, slides = _fold_name(data), []
+    """Return the sections for a probe."""
+    slides = []
     for name, own in _by_slide(data, rows):
         slide, at = data.slides[name], own["row"].to_numpy()
         slides.append(
             ProbeSlide(
                 name=name,
-                patient=fold if name in data.config.split.test else slide.patient,
+                patient=slide.patient,
                 features=features[own.index.to_numpy()],
                 counts=slide.counts[at],
                 genes=slide.genes,
@@ -322,20 +321,15 @@ def _probe_slides(data: SpotData, rows: np.ndarray, features: np.ndarray) -> lis
     return slides
 
 
-def _fold_name(data: SpotData) -> str:
-    return f"tested: {_tested(data)}"
-
-
-def _of_fold(data: SpotData, probed: Probed) -> pd.DataFrame:
-    return probed.rows[probed.rows["fold"] == _fold_name(data)]
-
-
 def _honest(data: SpotData, slides: list[ProbeSlide], spec: Measuring) -> Iterator[dict[str, Any]]:
-    found = honest_protocol(
-        slides, panel=data.config.panel, label=data.config.label, components=spec.components,
+    table = honest_protocol(
+        slides,
+        only=data.config.split.test,
+        panel=data.config.panel,
+        label=data.config.label,
+        components=spec.components,
         n_boot=spec.n_boot,
-    )  # fmt: skip
-    table = _of_fold(data, found)
+    ).rows
     wanted = table["name"].isin([RIDGE, *REFERENCES]) & ~table["metric"].str.startswith("delta_")
     for row in table[wanted].itertuples():
         fields = {"place": row.slide_id, "patient": data.slides[row.slide_id].patient}
@@ -347,8 +341,13 @@ def _honest(data: SpotData, slides: list[ProbeSlide], spec: Measuring) -> Iterat
 
 
 def _hest(data: SpotData, slides: list[ProbeSlide], spec: Measuring) -> Iterator[dict[str, Any]]:
-    found = hest_protocol(slides, n_genes=spec.hest_genes, components=spec.components)
-    for row in _of_fold(data, found).itertuples():
+    found = hest_protocol(
+        slides,
+        only=data.config.split.test,
+        n_genes=spec.hest_genes,
+        components=spec.components,
+    )
+    for row in found.rows.itertuples():
         constant = f"{row.n_nan:,} genes are constant there" if row.n_nan else ""
         fields = {"place": _tested(data), "patient": "", "measure": row.metric}
         fields |= {"of": f"hvg{spec.hest_genes} ({PANEL_ON_TEST})", "value": row.value}

@@ -1,5 +1,6 @@
 """The tables and the page of a benchmark of image-expression pairs."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,6 @@ from seq2expr.spots.hest import PANEL_ON_TEST, POOLED
 from seq2expr.spots.intervals import average, without_resamples
 from seq2expr.spots.metrics import PANEL, PARTIAL, PCC
 from seq2expr.spots.retrieval import DRAWS
-from seq2expr.spots.scores import BELOW_GAUGE
 
 if TYPE_CHECKING:
     from seq2expr.bench.hescape import HescapeBenchmark, HescapeProtocol, Pairs
@@ -167,12 +167,17 @@ def _averaged(chosen: pd.DataFrame, *, by_section: bool, n_boot: int) -> pd.Data
 
 
 def _notes(notes: pd.Series) -> str:
-    """Put notes together; those that differ by a number in every section become a count."""
-    below = notes.str.contains(BELOW_GAUGE)
-    said = list(dict.fromkeys(notes[~below]))
-    if below.any():
-        said.append(f"{BELOW_GAUGE} in {below.sum():,} of {len(notes):,} measures")
-    return "; ".join(filter(None, said))
+    """Put notes together; of those that differ by a number the first stands for all."""
+    alike: dict[str, list[str]] = {}
+    for part in (part for note in notes for part in note.split("; ") if part):
+        alike.setdefault(re.sub(r"[\d.,]+", "#", part), []).append(part)
+    said = []
+    for group in alike.values():
+        everywhere = len(group) == len(notes) and len(set(group)) == 1
+        said.append(
+            group[0] + ("" if everywhere else f" (the like in {len(group)} of {len(notes)})")
+        )
+    return "; ".join(said)
 
 
 # ---------------------------------------------------------------- text

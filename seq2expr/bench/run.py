@@ -26,6 +26,7 @@ from seq2expr.store import write_text
 from seq2expr.yamlfile import format_yaml
 
 if TYPE_CHECKING:
+    from seq2expr.bench.hescape import HescapeBenchmark
     from seq2expr.bench.spot_run import SpotBenchmark
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def benchmark(
     if PartialState(cpu=not torch.cuda.is_available()).num_processes > 1:
         raise UserError("A benchmark starts its own processes; run it alone, with --jobs N.")
     out = Path(out)
-    if "blocks" in read_yaml(protocol):
+    keys = read_yaml(protocol)
+    if "blocks" in keys or "encoders" in keys:
         return _of_slides(protocol, data, root, systems, overrides, jobs, out)
     spec = load_protocol(protocol, overrides)
     check_folder(out, spec.name)
@@ -163,9 +165,17 @@ def _of_slides(
     overrides: Sequence[str],
     jobs: int,
     out: Path,
-) -> "SpotBenchmark":
-    from seq2expr.bench.spot_run import benchmark_spots  # which reads this module
+) -> "SpotBenchmark | HescapeBenchmark":
+    # Both read this module.
+    from seq2expr.bench.hescape import benchmark_hescape
+    from seq2expr.bench.hescape_protocol import load_hescape
+    from seq2expr.bench.spot_run import benchmark_spots
 
+    if "encoders" in read_yaml(protocol):
+        return benchmark_hescape(
+            load_hescape(protocol, overrides, data=data),
+            root=Path(root), systems=systems, at_once=jobs, out=out,
+        )  # fmt: skip
     if data is not None:
         raise UserError(f"The blocks of {protocol} name their data sets; leave out --data.")
     return benchmark_spots(

@@ -141,7 +141,7 @@ class _Layout:
         """Open the folds of a block, and make its jobs."""
         folds = [self.open(fold) for fold in folds_of(self.protocol, name)]
         slides = {n: slide for fold in folds for n, slide in fold.data.slides.items()}
-        inputs = {name: _identity(slide) for name, slide in slides.items()}
+        inputs = {name: slide_identity(slide) for name, slide in slides.items()}
         looks = {
             row: self.look(row, folds[0].fold) for row in rows if not self.protocol.needs(row)
         }
@@ -269,7 +269,7 @@ def _ridges(looks: Mapping[str, Look], shown: Sequence[str]) -> tuple[dict[str, 
     return named, {} if named else {FEATURES: why}
 
 
-def _identity(slide: SpotSlide) -> str:
+def slide_identity(slide: SpotSlide) -> str:
     """Hash what is read of a slide, whatever files it comes from."""
     counts, state = slide.counts, hashlib.blake2b(digest_size=16)
     for array in (counts.data, counts.indices, counts.indptr, slide.xy, slide.grid):

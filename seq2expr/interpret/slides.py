@@ -25,20 +25,9 @@ from seq2expr.interpret.patches import (
     strongest,
     tiles,
 )
-from seq2expr.learn.runs import load_run
 from seq2expr.learn.tables import check_out, write_skipped, write_tsv
-from seq2expr.model.spot_system import SpotSystem
-from seq2expr.model.system import members_in
-from seq2expr.spots.data import SpotSlide
-from seq2expr.spots.predict import (
-    _NOT_ASKED,
-    PREDICTED,
-    SpotPredictor,
-    _choose,
-    asked_slide,
-    open_predictor,
-    slides_of,
-)
+from seq2expr.spots.predict import PREDICTED, SpotPredictor, open_predictor
+from seq2expr.spots.request import SpotRequest, open_request
 from seq2expr.store import publish
 
 FIRST_GENES = 3
@@ -48,12 +37,10 @@ FIRST_GENES = 3
 class _Asked(NamedTuple):
     """Everything that is read, and refused, before anything is computed."""
 
-    slides: list[SpotSlide]
-    genes: list[str]
+    request: SpotRequest
     methods: list[str]
     settings: PatchSettings
     at: Sequence[str]
-    skipped: list[tuple[str, str]]
 
 
 @dataclass
@@ -186,40 +173,25 @@ def interpret_spots(
     out = check_out(Path(out) / "report.html", [".html"]).parent
     methods = check_methods(methods)
     settings = parse_settings(PatchSettings, overrides)
-    model = load_run(run, adapter=adapter)
-    if not isinstance(members_in(model)[0], SpotSystem):
-        raise UserError(
-            f"{run} reads DNA, not slides. Give --genome and --gtf instead of a slide."
-        )
-    config = model.config
+    request = open_request(
+        run,
+        adapter=adapter,
+        slide=slide,
+        spots=spots,
+        grid_um=grid_um,
+        mpp=mpp,
+        pitch_um=pitch_um,
+        slide_id=slide_id,
+        data=data,
+        root=root,
+        genes=FIRST_GENES if genes is None else genes,
+        all_spots=all_spots,
+    )
+    config = request.model.config
     if "occlusion" in methods:
         tiles((config.patch_px,) * 2, config.patch_um / config.patch_px, settings)
-    if (slide is None) == (data is None):
-        raise UserError("Give either a slide (with spots or grid_um) or a data file of slides.")
-    if data is not None and (spots, grid_um, mpp, pitch_um, slide_id, all_spots) != _NOT_ASKED:
-        raise UserError(
-            "A data file says of each slide what its spots and its scale are. Leave out spots, "
-            "grid_um, mpp, pitch_um, slide_id and all_spots."
-        )
-    if slide is not None:
-        one = asked_slide(
-            Path(slide),
-            spots=spots,
-            grid_um=grid_um,
-            mpp=mpp,
-            pitch_um=pitch_um,
-            slide_id=slide_id,
-            all_spots=all_spots,
-        )
-        opened = [one]
-    else:
-        opened = slides_of(data, Path(root))
-    wanted = config.targets[:FIRST_GENES] if genes is None else genes
-    kept, skipped = _choose(wanted, config.targets)
-    for one in opened:
-        skipped += [(f"{one.name}/{spot}", "outside the image") for spot in one.outside]
-    asked = _Asked(opened, kept, methods, settings, at, skipped)
-    return _run(open_predictor(model, opened, verify=verify), asked, out)
+    predictor = open_predictor(request.model, request.slides, verify=verify)
+    return _run(predictor, _Asked(request, methods, settings, at), out)
 
 
 def choose_spots(values: np.ndarray, count: int) -> dict[int, str]:
@@ -248,15 +220,16 @@ def _run(predictor: SpotPredictor, asked: _Asked, out: Path) -> SlideInterpretat
     from seq2expr.interpret.slide_page import write_report
 
     targets = pd.Index(predictor.model.config.targets)
-    columns = targets.get_indexer(asked.genes)
+    columns = targets.get_indexer(asked.request.genes)
     every = np.arange(len(predictor.reader.ids))
     predicted = predictor.predict(every)[PREDICTED][:, columns]
     rows, missing = _rows(predictor, asked, predicted[:, 0])
     spots = _place(predictor, rows)
     patches = _patches(predictor, spots["row"].to_numpy())
-    skipped = pd.DataFrame([*asked.skipped, *missing], columns=["name", "reason"])
+    absent = pd.DataFrame(missing, columns=["name", "reason"])
+    skipped = pd.concat([asked.request.skipped, absent], ignore_index=True)
     result = SlideInterpretation(
-        *(out, predictor, asked.genes, asked.settings, predicted, spots, patches, skipped),
+        *(out, predictor, asked.request.genes, asked.settings, predicted, spots, patches, skipped),
         nuclei(patches),
     )
     probes = _probes(result, columns)

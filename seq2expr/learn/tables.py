@@ -24,7 +24,8 @@ def check_out(out: str | os.PathLike, endings: Sequence[str]) -> Path:
     path = Path(out)
     if not path.name.endswith(tuple(endings)):
         *others, last = endings
-        raise UserError(f"--out {path} must end in {', '.join(others)} or {last}.")
+        allowed = " or ".join(filter(None, [", ".join(others), last]))
+        raise UserError(f"--out {path} must end in {allowed}.")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "it is a directory" if path.is_dir() else f"{folder} is no writable directory"

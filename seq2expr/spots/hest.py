@@ -91,7 +91,11 @@ class _Folds:
 
 
 def hest_protocol(
-    slides: Sequence[ProbeSlide], *, n_genes: int = 50, components: int = COMPONENTS
+    slides: Sequence[ProbeSlide],
+    *,
+    only: Sequence[str] | None = None,
+    n_genes: int = 50,
+    components: int = COMPONENTS,
 ) -> Probed:
     """Probe features exactly as HEST-Benchmark does (Jaume et al. 2024).
 
@@ -106,6 +110,8 @@ def hest_protocol(
     ----------
     slides
         The sections; they are trained and tested on by patient.
+    only
+        Instead of every patient in turn, the sections that the one fold tests on.
     n_genes
         Genes of the panel; all where there are fewer.
     components
@@ -116,7 +122,7 @@ def hest_protocol(
     UserError
         There is one section only, or no gene.
     """
-    folds, genes = _folds_of(slides), hest_panel(slides, n_genes)
+    folds, genes = _folds_of(slides, only), hest_panel(slides, n_genes)
     labels = [np.log1p(_dense(slide, genes)) for slide in slides]
     features = [slide.features.astype(np.float32) for slide in slides]
     rows = []
@@ -198,6 +204,7 @@ def hest_panel(slides: Sequence[ProbeSlide], n_genes: int = 50) -> list[str]:
 def honest_protocol(
     slides: Sequence[ProbeSlide],
     *,
+    only: Sequence[str] | None = None,
     panel: str = "mean250",
     label: str = "cp10k",
     components: int = COMPONENTS,
@@ -218,6 +225,8 @@ def honest_protocol(
     ----------
     slides
         The sections.
+    only
+        Instead of every patient in turn, the sections that the one fold tests on.
     panel, label
         Rule of the panel, and label card.
     components
@@ -232,7 +241,7 @@ def honest_protocol(
     UserError
         There is one section only.
     """
-    folds, card = _folds_of(slides), label_card(label)
+    folds, card = _folds_of(slides, only), label_card(label)
     rows, summaries = [], []
     for name, tested in folds.tested.items():
         trained = [i for i in range(len(slides)) if i not in tested]
@@ -257,8 +266,8 @@ def honest_protocol(
     return Probed(pd.concat(rows, ignore_index=True), summary)
 
 
-def _folds_of(slides: Sequence[ProbeSlide]) -> _Folds:
-    """Leave out each patient, or each section where all are of one."""
+def _folds_of(slides: Sequence[ProbeSlide], only: Sequence[str] | None) -> _Folds:
+    """Leave out each patient, or each section where all are of one; or the sections named."""
     if len(slides) < 2:
         raise UserError(
             f"A probe is tested on sections that it was not fitted on, and there is {len(slides)};"
@@ -271,8 +280,11 @@ def _folds_of(slides: Sequence[ProbeSlide]) -> _Folds:
     if len(set(owners)) == 1:
         notes, owners = ["leaky: all sections are of one patient"], [s.name for s in slides]
     tested: dict[str, list[int]] = {}
+    if only is not None:
+        owners = [", ".join(only) if slide.name in only else "" for slide in slides]
     for i, owner in enumerate(owners):
         tested.setdefault(owner, []).append(i)
+    tested.pop("", None)  # never tested on
     return _Folds(tested, notes)
 
 

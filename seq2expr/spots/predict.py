@@ -11,18 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from seq2expr.errors import UserError
-from seq2expr.image.patches import PatchSpec, inside_image
-from seq2expr.image.slides import open_slide
-from seq2expr.image.tissue import lay_grid, tissue_mask
+from seq2expr.image.patches import PatchSpec
 from seq2expr.learn.chunks import check_ids, in_chunks
-from seq2expr.learn.runs import find_run, load_run
+from seq2expr.learn.runs import find_run
 from seq2expr.learn.tables import check_out, write_skipped
 from seq2expr.model.batch import Prediction, fields_on
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
-from seq2expr.spots.data import SpotSlide, check_name, open_slide_spots, read_spot_data
+from seq2expr.spots.data import SpotSlide
 from seq2expr.spots.reading import SpotReader, keeps_features, open_inputs
+from seq2expr.spots.request import open_request
 from seq2expr.store import digest, file_digest, publish
 
 if TYPE_CHECKING:  # anndata takes a second to import
@@ -33,9 +31,6 @@ ENDINGS = (".h5ad",)
 
 PREDICTED = "predicted"
 """Layer of the predictions; further answers are ``predicted_<name>``."""
-
-
-_NOT_ASKED = (None, None, None, None, None, False)
 
 
 class SpotPredictions(NamedTuple):
@@ -175,40 +170,25 @@ def predict_spots(
         When the request cannot be carried out; nothing is then written.
     """
     target = None if out is None else check_out(out, ENDINGS)
-    model = load_run(run, adapter=adapter)
-    if not isinstance(members_in(model)[0], SpotSystem):
-        raise UserError(
-            f"{run} reads DNA, not slides. Give --genome and --gtf instead of a slide."
-        )
-    if (slide is None) == (data is None):
-        raise UserError("Give either a slide (with spots or grid_um) or a data file of slides.")
-    if data is not None and (spots, grid_um, mpp, pitch_um, slide_id, all_spots) != _NOT_ASKED:
-        raise UserError(
-            "A data file says of each slide what its spots and its scale are. Leave out spots, "
-            "grid_um, mpp, pitch_um, slide_id and all_spots."
-        )
-    if slide is not None:
-        one = asked_slide(
-            Path(slide),
-            spots=spots,
-            grid_um=grid_um,
-            mpp=mpp,
-            pitch_um=pitch_um,
-            slide_id=slide_id,
-            all_spots=all_spots,
-        )
-        opened = [one]
-    else:
-        opened = slides_of(data, Path(root))
-    kept, skipped = _choose(genes, model.config.targets)
-    for one in opened:
-        names = [f"{one.name}/{spot}" for spot in one.outside]
-        skipped += [(name, "outside the image") for name in names]
-    predictor = open_predictor(model, opened, verify=verify)
-    missing = pd.DataFrame(skipped, columns=["name", "reason"])
+    request = open_request(
+        run,
+        adapter=adapter,
+        slide=slide,
+        spots=spots,
+        grid_um=grid_um,
+        mpp=mpp,
+        pitch_um=pitch_um,
+        slide_id=slide_id,
+        data=data,
+        root=root,
+        genes=genes,
+        all_spots=all_spots,
+    )
+    predictor = open_predictor(request.model, request.slides, verify=verify)
     made_by = find_run(run if adapter is None else adapter)
-    adata = _predicted(predictor, kept, target, _identity(made_by, opened, kept), missing)
-    return SpotPredictions(adata, len(predictor.reader.ids), missing)
+    identity = _identity(made_by, request.slides, request.genes)
+    adata = _predicted(predictor, request.genes, target, identity, request.skipped)
+    return SpotPredictions(adata, len(predictor.reader.ids), request.skipped)
 
 
 def _predicted(
@@ -274,76 +254,6 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
         "mpp": {slide.name: slide.mpp for slide in slides},
     }
     return adata
-
-
-def asked_slide(
-    image: Path,
-    *,
-    spots: str | os.PathLike | None,
-    grid_um: float | None,
-    mpp: float | None,
-    pitch_um: float | None = None,
-    slide_id: str | None = None,
-    all_spots: bool = False,
-) -> SpotSlide:
-    """Open the one slide of a request, which needs no counts (see :func:`predict_spots`)."""
-    from seq2expr.image.placed import place_spots
-    from seq2expr.image.spots import any_layout, read_positions
-
-    if (spots is None) == (grid_um is None):
-        raise UserError("Give the spots of the slide (--spots FILE) or a grid (--grid-um F).")
-    name = image.name.partition(".")[0] if slide_id is None else slide_id
-    check_name(name)
-    with open_slide(image) as picture:
-        size = picture.size
-        if spots is None:
-            scale = mpp or picture.mpp
-            if scale is None:
-                raise UserError(
-                    f"{image} is an image without a scale, on which no grid can be laid. Declare "
-                    "its µm per pixel with --mpp."
-                )
-            positions = lay_grid(tissue_mask(picture, mpp=scale), grid_um, scale)
-        else:
-            positions = read_positions(spots, all_spots=all_spots)
-            if pitch_um is not None:
-                positions.attrs["nominal_um"] = any_layout(pitch_um)
-    adata = place_spots(name, positions, image=image, mpp=mpp)
-    inside = inside_image(adata.obsm["spatial"], size)
-    if not inside.any():
-        raise UserError(
-            f"All {len(adata)} spots lie outside {image}; check that it is the full-resolution "
-            "picture that the positions are pixels of."
-        )
-    return SpotSlide(name, "", image, adata[inside].copy(), tuple(adata.obs_names[~inside]))
-
-
-def slides_of(data: str | os.PathLike, root: Path) -> list[SpotSlide]:
-    """Open every slide of a data file."""
-    config = read_spot_data(data)
-    return [open_slide_spots(name, spec, root) for name, spec in config.slides.items()]
-
-
-def _choose(
-    genes: str | Sequence[str], panel: Sequence[str]
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the wanted genes in the order of the panel, and those that are not in it."""
-    if genes == "all":
-        return list(panel), []
-    if isinstance(genes, str):
-        path = Path(genes)
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else genes.split(",")
-        genes = [line.split("\t")[0].strip() for line in lines]
-    wanted = [gene for gene in dict.fromkeys(genes) if gene]
-    known = set(panel)
-    missing = [(gene, "not in the panel of the run") for gene in wanted if gene not in known]
-    kept = [gene for gene in panel if gene in set(wanted)]
-    if not kept:
-        raise UserError(
-            f"None of the {len(wanted)} genes, first {wanted[0] if wanted else ''!r}, is in the "
-            f"panel of the run, which has genes such as {panel[0]!r}. See its panel.json."
-        )
-    return kept, missing
 
 
 def _identity(run: Path, slides: Sequence[SpotSlide], genes: Sequence[str]) -> str:

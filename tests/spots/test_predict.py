@@ -11,8 +11,9 @@ from PIL import Image
 from seq2expr.errors import UserError
 from seq2expr.learn import chunks
 from seq2expr.learn.runs import load_run
-from seq2expr.spots.predict import SpotPredictor, asked_slide, open_predictor
+from seq2expr.spots.predict import SpotPredictor, open_predictor
 from seq2expr.spots.reading import SpotReader
+from seq2expr.spots.request import asked_slide
 from seq2expr.verbs import predict
 from tests.slides import SPOTS, write_counts, write_data
 
