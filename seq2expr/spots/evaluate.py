@@ -239,7 +239,7 @@ def _evaluate(
         for name, values in predictions.items():
             answers.setdefault(name, []).append(values)
     notes += _leaks(source, slides)
-    train, sublists = _training(source, panel, about)
+    train, sublists = _training(source, panel)
     pictures = all(part.slide.image.is_file() for part in test)
     spec = _spec(about, source) if pictures else None
     encoder = source.member.encoder if train is not None else None
@@ -289,7 +289,7 @@ def _sections(
 
 
 def _training(
-    source: _Source, panel: Panel, about: Mapping
+    source: _Source, panel: Panel
 ) -> tuple[list[Chosen] | None, dict[str, tuple[str, ...]]]:
     """Return the training spots of the run, where they can be read, and lists of the panel."""
     data = source.trained
