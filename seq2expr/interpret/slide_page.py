@@ -8,10 +8,17 @@ from matplotlib.figure import Figure
 
 from seq2expr.image.labels import label_card
 from seq2expr.image.panels import Panel
+from seq2expr.learn.tables import write_tsv
+from seq2expr.model.system import members_in
 from seq2expr.plot import GREY, INK, SMALL, plain, save, wrapped
 from seq2expr.report import Report
 from seq2expr.spots.data import SpotSlide
-from seq2expr.spots.figures import measured_and_predicted, read_picture, scale_bar
+from seq2expr.spots.figures import (
+    measured_and_predicted,
+    read_picture,
+    scale_bar,
+    stain_colours,
+)
 
 if TYPE_CHECKING:
     from seq2expr.interpret.slides import SlideInterpretation
@@ -57,6 +64,7 @@ def write_report(result: "SlideInterpretation") -> None:
         }
     )
     _slides(report, result)
+    _stains(report, result)
     report.section("Patches")
     told = {"tile": settings.tile_um, "stride": settings.stride_um, "fill": _FILLS[settings.fill]}
     report.text(*(_METHODS[method].format(**told) for method in result.maps))
@@ -178,6 +186,20 @@ def measured_labels(slide: SpotSlide, config: object, genes: list[str]) -> np.nd
         slide.counts, panel.columns(slide.genes), grid=slide.grid, raw=slide.raw
     )
     return labels[:, [panel.genes.index(gene) for gene in genes]]
+
+
+def _stains(report: Report, result: "SlideInterpretation") -> None:
+    """Draw the stains of the explained genes, where the system learns stains."""
+    table = members_in(result.predictor.model)[0].stains()
+    if table is None:
+        return
+    write_tsv(result.out / "stains.tsv", table)
+    caption = (
+        "Colours that each gene reads, as pixels of that stain alone; what a stain cannot have, "
+        "an optical density below 0, is drawn white. All genes are in stains.tsv."
+    )
+    figure = stain_colours(table[table["gene"].isin(result.genes)])
+    _put(report, result, figure, "stains", caption)
 
 
 def _tables(report: Report, result: "SlideInterpretation") -> None:

@@ -1,7 +1,7 @@
 """The base of the systems that read H&E patches around spots."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
 from seq2expr.model.encoders import PatchEncoder, build_encoder, resolve_encoder
 from seq2expr.model.system import System, SystemConfig, is_added
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Batches = Callable[[str], Iterable[Batch]]
 """Batches of ``"train"`` or ``"valid"`` rows, not augmented, a section after the other."""
@@ -122,6 +125,10 @@ class SpotSystem(System):
 
     def prepare(self, batches: Batches) -> None:
         """Look at the training rows before training, without gradients (see :meth:`settle`)."""
+
+    def stains(self) -> "pd.DataFrame | None":
+        """Return the stains that each gene has learned, of a system that learns any."""
+        return None
 
     def example(self, rows: int, random: torch.Generator) -> Batch:
         """Return a batch of random patches, on the CPU."""
