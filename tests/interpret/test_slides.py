@@ -127,12 +127,15 @@ def test_hiding_a_whole_patch_is_what_occlusion_adds_up_to(found):
 
 def test_the_report_shows_everything_and_loads_nothing(found, genes):
     page = found.report.read_text("utf-8")
-    assert page.count("data:image/png;base64,") == 1 + SPOTS
+    assert page.count("data:image/png;base64,") == 2 + SPOTS
     assert "http" not in page
     for text in (*genes, *found.spots["spot"], "absent", "not in the panel of the run"):
         assert text in page
     names = {path.name for path in (found.out / "figures").iterdir()}
-    assert names == {"slide_1.png", *(f"spot_{n + 1}.png" for n in range(SPOTS))}
+    spots = (f"spot_{n + 1}.png" for n in range(SPOTS))
+    assert names == {"slide_1.png", "stains.png", *spots}
+    stains = pd.read_csv(found.out / "stains.tsv", sep="\t")
+    assert len(stains) == 2 * len(found.predictor.model.config.targets)
 
 
 def test_what_was_left_out_is_said(found):
