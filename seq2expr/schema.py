@@ -167,6 +167,8 @@ class SlideSpec(Strict):
         Folder of HEST-1k, in which the slide has its own name.
     h5ad
         AnnData with counts and ``obsm["spatial"]``.
+    labels
+        Table of a label for each spot, which becomes ``obs["label"]``.
     spot_scale
         Pixels of the image per pixel of the positions, for a picture that was shrunk.
     pitch_um
@@ -185,6 +187,7 @@ class SlideSpec(Strict):
     bin_um: int | None = None
     hest: str | None = None
     h5ad: str | None = None
+    labels: str | None = None
     spot_scale: float = pydantic.Field(1.0, gt=0)
     pitch_um: float | None = pydantic.Field(None, gt=0)
     raw: bool = True

@@ -7,7 +7,6 @@ nothing again.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from seq2expr.bench.jobs import Step
 from seq2expr.bench.spot_jobs import Look
 from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
-from seq2expr.image.h5ad import one_slide, open_h5ad
 from seq2expr.image.labels import label_card
 from seq2expr.image.panels import Panel
 from seq2expr.learn.runs import load_run
@@ -183,7 +181,7 @@ class MeasureJob(Step):
         for stage, values in spaces.items():
             lines = [
                 *_identity(data, rows, values),
-                *_labels(data, self.root, rows, values, self.measuring.labels),
+                *_labels(data, rows, values, self.measuring.labels),
             ]
             if stage != GENES:
                 lines += _expression(data, rows, values, self.measuring)
@@ -370,35 +368,25 @@ def _identity(data: SpotData, rows: np.ndarray, values: np.ndarray) -> Iterator[
 
 
 def _labels(
-    data: SpotData, root: Path, rows: np.ndarray, values: np.ndarray, column: str | None
+    data: SpotData, rows: np.ndarray, values: np.ndarray, column: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield how well a column of ``obs`` is told, where all sections have it."""
     fixed = {"kind": "labels", "place": _tested(data), "patient": "", "measure": "label_accuracy"}
     if column is None:
         yield fixed | {"of": "", "note": "not given: the protocol names no column (labels)"}
         return
-    columns = {name: _obs(data, root, name).get(column) for name in data.slides}
+    columns = {name: slide.adata.obs.get(column) for name, slide in data.slides.items()}
     if lacking := [name for name, found in columns.items() if found is None]:
-        why = f"not given: {', '.join(lacking)}: no h5ad whose obs has the column {column!r}"
+        why = f"not given: {', '.join(lacking)}: no column {column!r} in obs"
         yield fixed | {"of": column, "note": why}
         return
     labels, groups = [], []
     for name, own in _by_slide(data, rows):
-        labels += columns[name].iloc[own["row"].to_numpy()].tolist()
+        labels += columns[name].astype(object).iloc[own["row"].to_numpy()].tolist()
         groups += [data.slides[name].patient or name] * len(own)
     if len(set(groups)) == 1:  # all of one patient: sections are left out
         groups = data.table["slide"].iloc[rows].tolist()
     yield from _probes("labels", data, classify_labels(values, labels, groups, of=column))
-
-
-def _obs(data: SpotData, root: Path, name: str) -> pd.DataFrame:
-    """Return what the file of a section says of its spots, where it is an h5ad."""
-    source = data.config.slides[name].h5ad
-    spots = data.slides[name].adata.obs_names
-    if source is None:
-        return pd.DataFrame(index=spots)
-    obs = one_slide(open_h5ad(root / source), name, source).obs
-    return obs.astype(object).reindex(spots)
 
 
 def _probes(kind: str, data: SpotData, table: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -161,6 +161,48 @@ def read_table(path: Path) -> pd.DataFrame:
         ) from error
 
 
+def read_labels(path: Path) -> pd.Series:
+    """Read a label for each spot, such as a pathologist's.
+
+    Parameters
+    ----------
+    path
+        A table with ``label`` and either ``id``, or ``x`` and ``y`` on the array, which are
+        rounded (HER2ST writes them shifted; its pixel columns are in another frame and not read).
+        Rows without a label or a place are left out.
+
+    Returns
+    -------
+    pd.Series
+        ``label`` by name of the spot (``id``, or ``{x}x{y}``).
+
+    Raises
+    ------
+    UserError
+        When the columns are not there, or a spot has two labels.
+    """
+    table = read_table(path).replace("NA", np.nan)  # as R writes what is missing
+    if "label" not in table or not ("id" in table or {"x", "y"} <= set(table)):
+        raise UserError(
+            f"{path} has the columns {', '.join(map(str, table.columns[:8]))}. Labels need label, "
+            "and id, or x and y on the array."
+        )
+    if "id" in table:
+        table = table[table["label"].notna() & table["id"].notna()]
+        names = table["id"].astype(str)
+    else:
+        x, y = numbers(path, table, "x"), numbers(path, table, "y")
+        kept = np.isfinite(x) & np.isfinite(y) & table["label"].notna().to_numpy()
+        table = table[kept]
+        pairs = zip(np.rint(x[kept]).astype(int), np.rint(y[kept]).astype(int), strict=True)
+        names = pd.Series([f"{one}x{other}" for one, other in pairs], index=table.index)
+    if names.duplicated().any():
+        raise UserError(
+            f"{path} labels the spot {names[names.duplicated()].iloc[0]!r} twice; keep one row."
+        )
+    return pd.Series(table["label"].astype(str).to_numpy(), index=names.tolist(), name="label")
+
+
 def legacy_positions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Read a spot file or alignment table: ``x y pixel_x pixel_y`` and perhaps ``selected``.
 

@@ -63,6 +63,8 @@ class Section:
     mpp: Mapping[str, float | None] = field(default_factory=dict)
     pictures: Mapping[str, Path] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    obs: pd.DataFrame | None = None
+    """Further columns, by name of the spot."""
 
 
 def scale_of(
@@ -214,9 +216,13 @@ def _annotated(slide_id: str, counts: Counts, places: pd.DataFrame, section: Sec
         "in_tissue": places["selected"].to_numpy(),
     }
     library = {"images": {}, "metadata": {"source_image_path": str(section.image or "")}}
+    table = pd.DataFrame(obs, index=counts.spots)
+    if section.obs is not None:
+        more = section.obs.drop(columns=[name for name in obs if name in section.obs])
+        table = table.join(more)
     return AnnData(
         counts.values,
-        obs=pd.DataFrame(obs, index=counts.spots),
+        obs=table,
         var=pd.DataFrame({"gene_name": counts.gene_names}, index=counts.genes),
         obsm={"spatial": places[["x", "y"]].to_numpy(np.float64)},
         uns={"spatial": {slide_id: library}},

@@ -37,6 +37,7 @@ def read_spots(
     all_spots: bool = False,
     spot_scale: float = 1.0,
     pitch_um: float | None = None,
+    labels: str | os.PathLike | None = None,
 ) -> "AnnData":
     """Read one slide: its spots, their counts, and the scale of its image.
 
@@ -70,6 +71,9 @@ def read_spots(
         Pixels of ``image`` per pixel of the positions, for an image that was shrunk.
     pitch_um
         Distance between neighbouring spots, where the array is not that of its format.
+    labels
+        Table of a label for each spot (see :func:`seq2expr.image.legacy.read_labels`), which
+        becomes ``obs["label"]``.
 
     Returns
     -------
@@ -109,6 +113,9 @@ def read_spots(
         section = _h5ad(Path(h5ad), slide_id, raw)
     section.image = section.image if image is None else Path(image)
     section.patient = section.patient if patient is None else patient
+    if labels is not None:
+        found = legacy.read_labels(Path(labels)).to_frame()
+        section.obs = found if section.obs is None else section.obs.assign(**found)
     if pitch_um is not None:
         section.nominal_um = any_layout(pitch_um)
     return assemble(slide_id, section, declared=mpp, raw=raw, every=all_spots, scale=spot_scale)
@@ -204,6 +211,7 @@ def _h5ad(path: Path, slide_id: str, raw: bool, *, symbols: bool = False) -> Sec
         patient=annotated.patient_of(data),
         nominal_um={"hex": VISIUM_PITCH_UM},
         scalefactors=annotated.scalefactors_of(data, slide_id),
+        obs=data.obs,
     )
 
 

@@ -363,6 +363,7 @@ def open_slide_spots(name: str, spec: SlideSpec, root: Path) -> SpotSlide:
         bin_um=spec.bin_um,
         spot_scale=spec.spot_scale,
         pitch_um=spec.pitch_um,
+        labels=under(spec.labels),
     )
     image = Path(adata.uns["spatial"][name]["metadata"]["source_image_path"])
     with open_slide(image) as picture:

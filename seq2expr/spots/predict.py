@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # anndata takes a second to import
 ENDINGS = (".h5ad",)
 """What the name of predictions of spots ends in."""
 
+_OBS = ["slide_id", "patient_id", "array_row", "array_col", "in_tissue"]
+
 PREDICTED = "predicted"
 """Layer of the predictions; further answers are ``predicted_<name>``."""
 
@@ -232,7 +234,7 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
     from anndata import AnnData
 
     slides = predictor.slides
-    obs = pd.concat([slide.adata.obs for slide in slides])
+    obs = pd.concat([slide.adata.obs[_OBS] for slide in slides])
     if len(slides) > 1:  # the same array position is on every slide
         obs.index = pd.Index(predictor.reader.ids)
     layers: dict[str, np.ndarray] = {}

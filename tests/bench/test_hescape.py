@@ -285,7 +285,7 @@ def test_labels_of_a_column_are_classified(done):
     ("column", "why"),
     [
         ("null", "not given: the protocol names no column (labels)"),
-        ("area", "not given: A1, A2, B1: no h5ad whose obs has the column 'area'"),
+        ("area", "not given: A1, A2, B1: no column 'area' in obs"),
     ],
 )
 def test_labels_that_are_not_there(measured, column, why):

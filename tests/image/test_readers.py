@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import io, sparse
 
 from seq2expr.errors import UserError
+from seq2expr.image.legacy import read_labels
 from seq2expr.image.spots import read_positions, read_spots
 
 GENES = ["ENSG00000000003.14", "TSPAN6", "FO538757.1"]
@@ -414,9 +415,11 @@ def annotated(n_slides: int = 1) -> anndata.AnnData:
 def test_h5ad(tmp_path, blank):
     data = annotated()
     data.obs["patient_id"] = "P7"
+    data.obs["class"] = [f"c{row}" for row in range(len(data))]
     data.write_h5ad(tmp_path / "a.h5ad")
     slide = read_spots("a", image=blank, h5ad=tmp_path / "a.h5ad")
     inside = data.obs["in_tissue"].to_numpy() == 1
+    assert slide.obs["class"].tolist() == data.obs["class"][inside].tolist()
     np.testing.assert_array_equal(slide.X.toarray(), data.X.toarray()[inside])
     assert slide.var_names.tolist() == ["ENSG1", "ENSG2", "ENSG3"]
     assert slide.var["gene_name"].tolist() == ["a", "b", "c"]
@@ -687,3 +690,43 @@ def test_logged_and_scaled_files_are_refused(realdata, file, value):
         read_spots("s", h5ad=path)
     slide = read_spots("s", h5ad=path, raw=False)
     assert slide.uns["seq2expr"]["raw"] is False
+
+
+# Labels
+
+
+def test_labels_join_by_rounded_place_or_by_id(tmp_path):
+    placed = tmp_path / "placed.tsv"
+    placed.write_text(
+        "Row.names\tx\ty\tlabel\na\t1.98\t3.02\ttumour\nb\tNA\t2\tlost\nc\t4\t5\tfat\n"
+    )
+    assert read_labels(placed).to_dict() == {"2x3": "tumour", "4x5": "fat"}
+    named = tmp_path / "named.csv"
+    named.write_text("id,label\nAAAC-1,tumour\nCCCA-1,\n")
+    assert read_labels(named).to_dict() == {"AAAC-1": "tumour"}
+    named.write_text("id,label\nAAAC-1,tumour\nAAAC-1,fat\n")
+    with pytest.raises(UserError, match="labels the spot 'AAAC-1' twice"):
+        read_labels(named)
+    named.write_text("id,class\nAAAC-1,tumour\n")
+    with pytest.raises(UserError, match="Labels need label, and id, or x and y"):
+        read_labels(named)
+
+
+@pytest.mark.realdata
+def test_labels_of_her2st_match_every_spot(realdata):
+    folder = realdata / "her2st" / "extra_dark"
+    slide = read_spots(
+        "A1",
+        image=folder / "A1_HE_image_dark.png",
+        counts=folder / "A1.tsv.gz",
+        spots=folder / "A1_selection.tsv",
+        spot_scale=0.2876,
+        labels=folder / "A1_labeled_coordinates.tsv",
+    )
+    found = slide.obs["label"].value_counts(dropna=False).to_dict()
+    assert sum(found.values()) == 346
+    assert found["invasive cancer"] == 282
+    assert set(found) == {
+        *("invasive cancer", "connective tissue", "cancer in situ", "adipose tissue"),
+        *("undetermined", "immune infiltrate"),
+    }
