@@ -20,6 +20,7 @@ from seq2expr.learn.runs import find_run, load_run, run_config, run_manifest
 from seq2expr.learn.tables import check_out, write_tsv
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
+from seq2expr.plot import save
 from seq2expr.schema import SlideSpec, SpotQC
 from seq2expr.spots.controls import SpotRows, controls
 from seq2expr.spots.data import (
@@ -31,6 +32,7 @@ from seq2expr.spots.data import (
     quality,
     read_spot_data,
 )
+from seq2expr.spots.figures import control_bars
 from seq2expr.spots.metrics import PCC, Section
 from seq2expr.spots.predict import PREDICTED, all_answers, open_predictor, to_adata
 from seq2expr.spots.rivals import Chosen, label_of, spot_rows
@@ -72,10 +74,11 @@ class SpotEvaluation:
         return "\n".join(lines)
 
     def write(self, out: str | os.PathLike) -> None:
-        """Write the summary as TSV, and the table of sections to ``<out>.sections.tsv``."""
+        """Write the summary as TSV; ``<out>.sections.tsv``; and ``<out>.png`` to look at."""
         out = Path(out)
         write_tsv(out, self.scores.summary)
         write_tsv(out.with_name(out.name + ".sections.tsv"), self.scores.sections)
+        save(control_bars(self.scores.sections, model=MODEL), out, ["png"])
 
 
 def evaluate_spots(

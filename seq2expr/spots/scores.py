@@ -71,7 +71,8 @@ class Scores:
         for subset, rows in chosen.groupby("subset", sort=False):
             sections, patients = rows["n_sections"].max(), rows["n_patients"].max()
             shared = _shared_notes(rows.loc[rows["low"].notna(), "note"])
-            heading = "; ".join([of_patients(sections, patients), *shared])
+            told = of_patients(sections, patients)
+            heading = "; ".join([told, *(note.removesuffix(f" inside {told}") for note in shared)])
             lines.append(f"{metric}, {subset} ({heading})")
             rows = rows.sort_values("value", ascending=METRICS[metric].sign < 0)
             for row in rows.itertuples(index=False):

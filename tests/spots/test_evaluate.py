@@ -112,6 +112,7 @@ def test_scores_are_written_whole(run, scored, tmp_path):
         table, scored.scores.summary.reset_index(drop=True), check_dtype=False
     )
     sections = pd.read_csv(tmp_path / "scores.tsv.sections.tsv", sep="\t")
+    assert (tmp_path / "scores.tsv.png").stat().st_size > 10_000
     assert set(sections["slide_id"]) == {"C1", "C2"}
 
 
