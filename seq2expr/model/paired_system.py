@@ -32,8 +32,6 @@ class PairedConfig(SpotConfig):
     """
 
     derived: ClassVar[tuple[str, ...]] = ("n_keys",)
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What settings can be, by name."""
     positive: ClassVar[tuple[str, ...]] = ("embedding", "neighbours", "neighbour_temperature")
     """Settings that are numbers above 0."""
 
@@ -44,11 +42,7 @@ class PairedConfig(SpotConfig):
     n_keys: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, allowed in self.choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}."
-                )
+        self.check_choices()
         for name in self.positive:
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be above 0.")

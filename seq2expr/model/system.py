@@ -33,12 +33,22 @@ class SystemConfig(PreTrainedConfig):
     """Fields that come from the data, never from the user."""
     derived: ClassVar[tuple[str, ...]] = ()
     """Further fields that follow from others."""
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """What settings can be, by name."""
 
     targets: list[str] | None = None
     target_mean: list[float] | None = None
     target_sd: list[float] | None = None
     target_weight: list[float] | None = None
     head: dict | None = None
+
+    def check_choices(self) -> None:
+        """Refuse a setting that is none of its choices (``UserError``)."""
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}."
+                )
 
 
 def settings_of(config_class: type[SystemConfig]) -> list[str]:

@@ -45,12 +45,6 @@ from seq2expr.model.system import is_added
 from seq2expr.model.trunks import build_trunk, resolve_trunk
 from seq2expr.model.window_system import TrunkStatistics, WindowConfig, WindowSystem
 
-_CHOICES = {
-    "llm_weights": ("pretrained", "random"),
-    "llm_dtype": ("float32", "bfloat16", "float64"),
-    "body": ("llm", "attention", "none"),
-}
-
 
 class GTAConfig(WindowConfig):
     """Configuration of GTA.
@@ -93,6 +87,11 @@ class GTAConfig(WindowConfig):
         *("llm_width", "llm_words", "llm_table", "llm_config"),
         *("width", "tss_index", "bin_bp", "stranded"),
     )
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "llm_weights": ("pretrained", "random"),
+        "llm_dtype": ("float32", "bfloat16", "float64"),
+        "body": ("llm", "attention", "none"),
+    }
 
     trunk: str | dict | None = None
     llm: str | None = None
@@ -127,11 +126,7 @@ class GTAConfig(WindowConfig):
     llm_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}."
-                )
+        self.check_choices()
         if self.trunk is None:
             raise UserError(
                 "model.trunk is not set; name a run directory, or a trunk of `seq2expr list "

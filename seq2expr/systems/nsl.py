@@ -14,6 +14,7 @@ other. Without a nonlinearity ``v1`` is linear regression on the mean OD
 (:func:`seq2expr.model.stain.linear_limit`), and ``v2`` the same through the origin.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -58,6 +59,11 @@ class NSLConfig(SpotConfig):
     """
 
     model_type: ClassVar[str] = "nsl"
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {
+        "layout": ("v1", "v2"),
+        "activation": ACTIVATIONS,
+        "background": ("keep", "drop"),
+    }
     derived: ClassVar[tuple[str, ...]] = ("background_share",)
 
     encoder: str | dict = "od"
@@ -69,12 +75,7 @@ class NSLConfig(SpotConfig):
     background_share: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        choices = {"layout": _LAYOUTS, "activation": ACTIVATIONS, "background": ("keep", "drop")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}."
-                )
+        self.check_choices()
         for name in ("restarts", "gene_chunk"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be above 0.")
