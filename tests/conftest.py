@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pyBigWig
 import pytest
+
+from seq2expr import cli
+from seq2expr.errors import Seq2ExprWarning
 
 REALDATA = Path(
     os.environ.get("SEQ2EXPR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")
@@ -39,6 +43,29 @@ def realdata() -> Path:
     if not REALDATA.is_dir():
         pytest.skip(f"no real data at {REALDATA}; set SEQ2EXPR_TEST_DATA")
     return REALDATA
+
+
+class Answer(NamedTuple):
+    """What the command line said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["seq2expr", *map(str, arguments)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", Seq2ExprWarning)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        return Answer(end.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 def load_script(name: str) -> ModuleType:

@@ -4,41 +4,16 @@ import errno
 import gzip
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
 import yaml
 
-from seq2expr import cli
-from seq2expr.errors import Seq2ExprWarning
 from seq2expr.store import ArrayWriter
 from tests.conftest import write_bigwig
 
 ROOT = Path(__file__).parents[1]
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command line in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["seq2expr", *map(str, arguments)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", Seq2ExprWarning)
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        return Answer(end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,22 +1,10 @@
 """The command line on slides: exit codes, messages of one line, and nothing half-written."""
 
-import sys
-import warnings
-from typing import NamedTuple
-
 import anndata
 import pandas as pd
 import pytest
 
-from seq2expr import cli
-from seq2expr.errors import Seq2ExprWarning
 from tests.slides import make_slides, write_data
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +15,6 @@ def slides(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(slides, tmp_path_factory):
     return slides.train(tmp_path_factory.mktemp("run") / "run", "train.epochs=1")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command line in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["seq2expr", *map(str, arguments)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", Seq2ExprWarning)
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        return Answer(end.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

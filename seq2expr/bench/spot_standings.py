@@ -16,10 +16,11 @@ from seq2expr.bench.spot_jobs import FEATURES
 from seq2expr.bench.spot_protocol import SpotProtocol, run_of
 from seq2expr.bench.spot_scoring import Key, SectionFound, read_predictions, score_fold
 from seq2expr.learn.bootstrap import Bootstrap
+from seq2expr.learn.metrics import verdict
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.intervals import BLOCK, Average, average, difference
 from seq2expr.spots.metrics import CEILING, GAUGE, METRICS, Score
-from seq2expr.spots.scores import BELOW_GAUGE, verdict
+from seq2expr.spots.scores import BELOW_GAUGE
 
 _NOTHING = Bootstrap(np.nan, np.empty(0), "not predicted")
 
@@ -210,7 +211,7 @@ class _Judge:
         if ours is None or not ours.seeds:
             return {"verdict": "not compared"}
         delta, sign = self.minus(subset, ours, entry), METRICS[self.metric].sign
-        said = verdict(sign * delta.low, sign * delta.high).replace("model", name)
+        said = verdict(sign * delta.low, sign * delta.high, name)
         fields = {"difference": delta.value, "difference_low": delta.low}
         return fields | {"difference_high": delta.high, "verdict": said}
 

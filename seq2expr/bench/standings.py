@@ -16,7 +16,7 @@ import pandas as pd
 
 from seq2expr.learn import bootstrap
 from seq2expr.learn.bootstrap import Bootstrap, Statistic
-from seq2expr.learn.metrics import ACROSS_GENES, across_genes
+from seq2expr.learn.metrics import ACROSS_GENES, across_genes, sign_of, verdict
 
 ALL = "all"
 """Name of the subset that holds every test gene."""
@@ -178,7 +178,8 @@ class _Judge:
         found, _ = self._resample([*ours, *theirs], delta)
         low, high = found.interval()
         fields = {"difference": found.value, "difference_low": low, "difference_high": high}
-        return fields | {"verdict": _verdict(self.metric, low, high, name)}
+        sign = sign_of(self.metric)
+        return fields | {"verdict": verdict(sign * low, sign * high, name)}
 
     def _spread(self, seeds: Sequence[np.ndarray]) -> float:
         """Return the standard deviation of the metric over the seeds."""
@@ -266,15 +267,6 @@ def _identical(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool
     """Tell whether a change had no effect at all: a mistake, more often than a result."""
     same = [np.array_equal(a, b, equal_nan=True) for a, b in zip(ours, theirs, strict=False)]
     return bool(same) and len(ours) == len(theirs) and all(same)
-
-
-def _verdict(metric: str, low: float, high: float, name: str) -> str:
-    """Say whether ``name`` is better; a difference counts when its interval excludes 0."""
-    if not np.isfinite(low):
-        return "not compared"
-    sign = -1 if metric.startswith(("mse", "mae")) else 1
-    low, high = sorted((sign * low, sign * high))
-    return f"{name} better" if low > 0 else f"{name} worse" if high < 0 else "not different"
 
 
 def _answers(seeds: list[np.ndarray], constant: np.ndarray, metric: str) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from seq2expr.errors import UserError
 from seq2expr.learn.labels import gene_targets, read_expression
-from seq2expr.learn.metrics import Metric, across_genes, paired_difference
+from seq2expr.learn.metrics import Metric, across_genes, paired_difference, sign_of, verdict
 from seq2expr.learn.predict import ENDINGS
 from seq2expr.learn.predictor import GENE_COLUMNS
 from seq2expr.learn.rivals import Rivals, rivals
@@ -62,10 +62,8 @@ class Evaluation:
             lines.append(f"{self.target}: {metric}, {subset} (n = {rows['n'].max():,} genes)")
             for row in rows.sort_values("value", ascending=False).itertuples():
                 interval = "" if np.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
-                verdict = verdicts.get((subset, row.name), "")
-                lines.append(
-                    f"  {row.name:<24} {row.value:7.3f}{interval}  {row.note or verdict}".rstrip()
-                )
+                said = row.note or verdicts.get((subset, row.name), "")
+                lines.append(f"  {row.name:<24} {row.value:7.3f}{interval}  {said}".rstrip())
         lines += [f"  {name:<24} not given: {why}" for name, why in self.missing.items()]
         return "\n".join(lines)
 
@@ -74,14 +72,12 @@ class Evaluation:
 
         A difference counts when its paired interval excludes 0.
         """
-        sign = -1 if metric.startswith(("mse", "mae")) else 1
+        sign = sign_of(metric)
         rows = self.metrics[self.metrics["metric"] == f"delta_{metric}"]
-        out = {}
-        for row in rows.itertuples():
-            low, high = sorted((sign * row.low, sign * row.high))
-            said = "model better" if low > 0 else "model worse" if high < 0 else "not different"
-            out[row.subset, row.name] = said if np.isfinite(row.low) else "not compared"
-        return out
+        return {
+            (row.subset, row.name): verdict(sign * row.low, sign * row.high)
+            for row in rows.itertuples()
+        }
 
     def write(self, out: str | os.PathLike) -> None:
         """Write the metrics as TSV, Parquet or JSON by the ending, and ``<out>.rows.tsv``.

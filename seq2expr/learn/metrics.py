@@ -199,6 +199,22 @@ def paired_difference(
     return _metric(f"delta_{metric}", mean, n=truth.size, n_nan=n_nan, note=note)
 
 
+def sign_of(metric: str) -> int:
+    """Return -1 for a metric of errors, where less is better, and 1 otherwise."""
+    return -1 if metric.startswith(("mse", "mae")) else 1
+
+
+def verdict(low: float, high: float, name: str = "model") -> str:
+    """Put a paired interval of ``name`` minus another, more being better, into words.
+
+    A difference counts when the interval excludes 0.
+    """
+    if not np.isfinite(low) or not np.isfinite(high):
+        return "not compared"
+    low, high = sorted((low, high))
+    return f"{name} better" if low > 0 else f"{name} worse" if high < 0 else "not different"
+
+
 def average_precision(
     labels: ArrayLike,
     scores: ArrayLike,

@@ -7,10 +7,10 @@ needed to build the encoder again, and to know its features apart from those of 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 from seq2expr.model.hub import is_hub_id
+from seq2expr.model.kinds import changed_identity, settings_of_kind
 from seq2expr.store import digest
 
 KINDS = {
@@ -118,10 +119,7 @@ class PatchEncoder(nn.Module):
 
     def claim(self) -> None:
         """Make the weights part of the checkpoint, under another name, for they were changed."""
-        state = hashlib.blake2b(self.identity.encode(), digest_size=8)
-        for name, value in self.state_dict().items():
-            state.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        self.identity = self.resolved["identity"] = state.hexdigest()
+        self.identity = self.resolved["identity"] = changed_identity(self.identity, self)
         self.stored = self.resolved["stored"] = True
 
     def forward(self, patch: Tensor) -> Tensor:
@@ -215,27 +213,8 @@ def build_encoder(resolved: Mapping[str, Any], *, weights: bool = True) -> Patch
     return _encoder_class(resolved).build(resolved, weights=weights).settle()
 
 
-def settings_of_encoder(
-    setting: Mapping[str, Any], *, required: Sequence[str] = (), optional: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the settings of a kind, those left out by their default.
-
-    Raises
-    ------
-    UserError
-        Naming a key that is missing or unknown, or a value that is no choice.
-    """
-    known = [*required, *optional]
-    for key in setting:
-        if key not in ("kind", *known):
-            raise UserError(
-                f"An encoder of kind {setting['kind']} has no setting {key!r}; it has "
-                f"{', '.join(known) or 'none'}."
-            )
-    for key in required:
-        if setting.get(key) is None:
-            raise UserError(f"An encoder of kind {setting['kind']} needs {key!r}; give it.")
-    return {**optional, **{key: setting[key] for key in known if key in setting}}
+settings_of_encoder = partial(settings_of_kind, what="An encoder")
+"""Settings of an encoder by its kind (see :func:`seq2expr.model.kinds.settings_of_kind`)."""
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
 from seq2expr.model.hub import read_weights, weights_file
 from seq2expr.model.layers import one_hot
-from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_kind
+from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_trunk
 from seq2expr.store import file_digest
 
 BIN_BP = 128
@@ -74,7 +74,7 @@ class EnformerTrunk(Trunk):
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Check the settings, and hash the weights."""
-        given = settings_of_kind(setting, required=("weights",), optional=_OPTIONS)
+        given = settings_of_trunk(setting, required=("weights",), optional=_OPTIONS)
         weights = weights_file(given["weights"])
         size = {**PUBLISHED, **(given["model"] or {})}
         if size.keys() != PUBLISHED.keys():

@@ -12,7 +12,7 @@ from seq2expr.dna.genome import decode, reverse_complement
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
 from seq2expr.model.hub import fetch_model
-from seq2expr.model.trunks import Trunk, sequence_window, settings_of_kind
+from seq2expr.model.trunks import Trunk, sequence_window, settings_of_trunk
 from seq2expr.store import file_digest
 
 TILES = 16
@@ -81,7 +81,7 @@ class HubTrunk(Trunk):
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Read the configuration of the model, and hash its files."""
-        given = settings_of_kind(setting, required=("model", "window"), optional=_OPTIONS)
+        given = settings_of_trunk(setting, required=("model", "window"), optional=_OPTIONS)
         window = sequence_window(given["window"])
         width, bin_bp, anchor = window["width"], given["bin_bp"], window["tss_index"]
         if width % bin_bp:

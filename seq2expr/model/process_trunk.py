@@ -18,7 +18,7 @@ from torch import Tensor
 from seq2expr.errors import UserError
 from seq2expr.model import trunk_worker
 from seq2expr.model.batch import Batch
-from seq2expr.model.trunks import Trunk, sequence_window, settings_of_kind
+from seq2expr.model.trunks import Trunk, sequence_window, settings_of_trunk
 from seq2expr.store import file_digest
 
 _LINES = 5  # of what a failed process said
@@ -55,7 +55,7 @@ class ProcessTrunk(Trunk):
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Check the settings, and hash the script and the files it is given."""
         required = ("python", "script", "window", "layout")
-        given = settings_of_kind(setting, required=required, optional={"settings": {}})
+        given = settings_of_trunk(setting, required=required, optional={"settings": {}})
         window = sequence_window(given["window"])
         layout = _layout(given["layout"], window)
         script = Path(given["script"]).resolve()

@@ -12,7 +12,7 @@ from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
 from seq2expr.model.hub import fetch_model
 from seq2expr.model.system import System, members_of, system_class
-from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_kind
+from seq2expr.model.trunks import SEQUENCE_WINDOW, Trunk, settings_of_trunk
 from seq2expr.model.window_system import WindowConfig
 from seq2expr.store import file_digest
 
@@ -44,7 +44,7 @@ class RunTrunk(Trunk):
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Read the configurations of a run; ``run`` is its directory or hub id."""
-        run = settings_of_kind(setting, required=("run",), optional={})["run"]
+        run = settings_of_trunk(setting, required=("run",), optional={})["run"]
         source = fetch_model(str(run)).resolve()
         configs = [_read_config(member) for member in members_of(source)]
         if not configs:

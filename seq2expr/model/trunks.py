@@ -7,9 +7,9 @@ know its features apart from those of any other.
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 from seq2expr.model.batch import Batch
+from seq2expr.model.kinds import changed_identity, settings_of_kind
 from seq2expr.store import digest
 
 KINDS = {
@@ -147,10 +148,7 @@ class Trunk(nn.Module):
                 f"A trunk of kind {self.resolved['kind']} is loaded by its name, and no run can "
                 "hold other weights of it. Keep the adapter as it is."
             )
-        state = hashlib.blake2b(self.identity.encode(), digest_size=8)
-        for name, value in self.state_dict().items():
-            state.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        self.identity = self.resolved["identity"] = state.hexdigest()
+        self.identity = self.resolved["identity"] = changed_identity(self.identity, self)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Callable[[Batch], Tensor]]:
@@ -239,27 +237,8 @@ def build_trunk(resolved: Mapping[str, Any], *, weights: bool) -> Trunk:
     return _trunk_class(resolved).build(resolved, weights=weights).freeze()
 
 
-def settings_of_kind(
-    setting: Mapping[str, Any], *, required: tuple[str, ...], optional: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the settings of a kind, those left out by their default.
-
-    Raises
-    ------
-    UserError
-        Naming a key that is missing or unknown.
-    """
-    known = [*required, *optional]
-    for key in setting:
-        if key not in ("kind", *known):
-            raise UserError(
-                f"A trunk of kind {setting['kind']} has no setting {key!r}; it has "
-                f"{', '.join(known)}."
-            )
-    for key in required:
-        if setting.get(key) is None:
-            raise UserError(f"A trunk of kind {setting['kind']} needs {key!r}; give it.")
-    return {**optional, **{key: setting[key] for key in known if key in setting}}
+settings_of_trunk = partial(settings_of_kind, what="A trunk")
+"""Settings of a trunk by its kind (see :func:`seq2expr.model.kinds.settings_of_kind`)."""
 
 
 def sequence_window(window: Mapping[str, Any]) -> dict[str, Any]:

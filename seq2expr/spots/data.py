@@ -99,17 +99,17 @@ class SpotSlide:
         """How the array is laid out: ``square``, ``hex``, ``staggered`` or ``free``."""
         return str(self.adata.uns["seq2expr"]["layout"])
 
-    @property
+    @cached_property
     def xy(self) -> np.ndarray:
         """Centres of the spots in pixels of the image, float64 [N, 2]."""
         return np.asarray(self.adata.obsm["spatial"], dtype=np.float64)
 
-    @property
+    @cached_property
     def xy_um(self) -> np.ndarray:
         """Centres of the spots in µm from their own middle, float64 [N, 2]."""
         return (self.xy - self.xy.mean(0)) * self.mpp
 
-    @property
+    @cached_property
     def grid(self) -> np.ndarray:
         """Place on the array, column then row, int64 [N, 2]."""
         return self.adata.obs[["array_col", "array_row"]].to_numpy(np.int64)

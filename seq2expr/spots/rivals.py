@@ -66,8 +66,16 @@ def spot_rows(
         encoders = {name: build_encoder(resolve_encoder(how)) for name, how in COLOURS.items()}
         if encoder is not None and keeps_features(encoder):
             encoders["features"] = encoder
+        stores = [
+            open_patches(part.slide.image, part.slide.xy, mpp=part.slide.mpp, spec=spec)
+            for part in chosen
+        ]
         for name, one in encoders.items():
-            looked_at[name] = np.concatenate([_tokens(part, spec, one) for part in chosen])
+            tokens = [
+                open_features(one, store).read(part.rows).mean(axis=1)
+                for part, store in zip(chosen, stores, strict=True)
+            ]
+            looked_at[name] = np.concatenate(tokens)
     raw = all(part.slide.raw and part.slide.adata.n_vars for part in chosen)
     return SpotRows(
         targets=np.concatenate([part.targets for part in chosen]),
@@ -93,13 +101,6 @@ def label_of(card: LabelCard, panel: Panel, chosen: Sequence[Chosen]) -> Label:
         return card.transform(sparse.csr_matrix(counts), columns[slide], grid=grids[slide])
 
     return label
-
-
-def _tokens(part: Chosen, spec: PatchSpec, encoder: PatchEncoder) -> np.ndarray:
-    """Return the mean token [n, D] of each patch."""
-    slide = part.slide
-    patches = open_patches(slide.image, slide.xy, mpp=slide.mpp, spec=spec)
-    return open_features(encoder, patches).read(part.rows).mean(axis=1)
 
 
 def _repeated(chosen: Sequence[Chosen], names: Iterable[str]) -> np.ndarray:

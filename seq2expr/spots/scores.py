@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from seq2expr.errors import UserError
+from seq2expr.learn.metrics import verdict
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.intervals import BLOCK, average, of_patients
 from seq2expr.spots.metrics import (
@@ -155,14 +156,6 @@ def combine(folds: Sequence[Scores], *, n_boot: int = 1000, seed: int = 0) -> Sc
     found = tuple(one for fold in folds for one in fold.found)
     table = pd.concat([fold.sections for fold in folds], ignore_index=True)
     return Scores(table, _summary(found, n_boot, seed), folds[0].model, found)
-
-
-def verdict(low: float, high: float) -> str:
-    """Put a paired interval of model minus other, more being better, into words."""
-    if not np.isfinite(low) or not np.isfinite(high):
-        return "not compared"
-    low, high = sorted((low, high))
-    return "model better" if low > 0 else "model worse" if high < 0 else "not different"
 
 
 def _columns(name: str, chosen: Sequence[str], genes: Sequence[str]) -> np.ndarray:

@@ -24,7 +24,7 @@ from seq2expr.model.trunks import (
     Trunk,
     build_trunk,
     resolve_trunk,
-    settings_of_kind,
+    settings_of_trunk,
 )
 from seq2expr.model.trunks import sequence_window as complete
 from seq2expr.model.window_system import WindowConfig, WindowSystem
@@ -78,7 +78,7 @@ def test_mistaken_settings_are_explained(setting, message):
 
 def test_defaults_fill_what_is_left_out():
     setting = {"kind": "x", "a": 1, "b": None}
-    assert settings_of_kind(setting, required=("a",), optional={"b": 2, "c": 3}) == {
+    assert settings_of_trunk(setting, required=("a",), optional={"b": 2, "c": 3}) == {
         "a": 1,
         "b": None,
         "c": 3,

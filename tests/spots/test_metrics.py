@@ -8,6 +8,7 @@ from scipy import stats
 
 from seq2expr.errors import UserError
 from seq2expr.learn.bootstrap import Bootstrap
+from seq2expr.learn.metrics import verdict
 from seq2expr.spots.intervals import (
     BLOCK,
     PATIENT,
@@ -28,7 +29,7 @@ from seq2expr.spots.metrics import (
     Section,
     score_section,
 )
-from seq2expr.spots.scores import combine, score, verdict
+from seq2expr.spots.scores import combine, score
 
 GENES = [f"g{i}" for i in range(8)]
 FEW = "no resamples (fewer than 5 blocks, or none asked for)"
