@@ -46,6 +46,9 @@ class TrainConfig(Strict):
         Probability with which a training window is read from the other strand, with its tracks.
     dihedral
         Turn and flip training patches at random (eight ways).
+    slides_per_batch
+        Slides that the spots of a batch come from; by default any number. A system that sees
+        whole slides does so once for each slide of a batch.
     members
         Number of models with consecutive seeds; more than one makes an ensemble.
     rotate_valid
@@ -71,6 +74,7 @@ class TrainConfig(Strict):
     jitter_bp: int = pydantic.Field(0, ge=0)
     reverse_complement: float = pydantic.Field(0.0, ge=0, le=1)
     dihedral: bool = False
+    slides_per_batch: int | None = pydantic.Field(None, ge=1)
     members: int = pydantic.Field(1, ge=1)
     rotate_valid: bool = False
     seed: int = 0

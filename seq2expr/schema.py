@@ -250,6 +250,9 @@ class SpotDataConfig(Strict):
     panel
         Rule by which the genes are chosen on training spots (``mean250``, ``hvg50``, ``all``), or
         a file: one gene a line, or the ``panel.json`` of a run.
+    text
+        Tables of texts on genes, for systems that read them (see
+        :func:`seq2expr.text.tables.read_texts`).
     qc
         Which spots take part.
     split
@@ -260,5 +263,6 @@ class SpotDataConfig(Strict):
     slides: dict[str, SlideSpec] = pydantic.Field(min_length=1)
     label: str = "cp10k"
     panel: str = "mean250"
+    text: list[str] = []
     qc: SpotQC = SpotQC()
     split: SpotSplit = SpotSplit()

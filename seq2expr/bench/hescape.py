@@ -35,7 +35,7 @@ from seq2expr.model.encoders import build_encoder
 from seq2expr.model.spot_system import SpotConfig
 from seq2expr.model.system import check_settings
 from seq2expr.spots.data import open_spots
-from seq2expr.spots.reading import open_inputs
+from seq2expr.spots.inputs import open_inputs
 from seq2expr.spots.train import spot_system
 from seq2expr.store import digest, write_text
 from seq2expr.yamlfile import format_yaml

@@ -32,10 +32,11 @@ from seq2expr.spots.hest import (
     hest_protocol,
     honest_protocol,
 )
+from seq2expr.spots.inputs import SlideInputs, open_inputs
 from seq2expr.spots.intervals import block_weights, from_weights, spot_blocks
 from seq2expr.spots.predict import open_predictor
 from seq2expr.spots.probes import batch_effects, classify_labels
-from seq2expr.spots.reading import BATCH, SlideInputs, open_inputs
+from seq2expr.spots.reading import BATCH
 from seq2expr.spots.retrieval import Recall, retrieval
 from seq2expr.spots.splits import spot_pitch
 from seq2expr.verbs import train_run

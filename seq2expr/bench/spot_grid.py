@@ -22,7 +22,7 @@ from seq2expr.model.spot_system import SpotConfig
 from seq2expr.model.system import check_settings
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.data import SpotData, SpotSlide, open_spots
-from seq2expr.spots.reading import open_inputs
+from seq2expr.spots.inputs import open_inputs
 from seq2expr.spots.train import spot_system
 from seq2expr.store import digest, file_digest
 

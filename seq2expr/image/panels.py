@@ -17,6 +17,9 @@ from seq2expr.store import digest
 MIN_DETECTED = 0.1
 """Least share of the training spots in which a gene chosen by rank has a count."""
 
+MIN_SPOTS = 3
+"""Training spots in which a gene outside the panel must have a count to be learned beside it."""
+
 SUBLIST = 50
 """Genes in ``HEG50`` and ``HVG50``."""
 
@@ -41,7 +44,7 @@ class Panel:
         ``HEG50`` and ``HVG50``: the first 50 genes of the panel by mean and by variability over
         the training spots (see `Panel.fit`); empty for a panel that no spot was looked at for.
     rule
-        How the genes were chosen: ``mean250``, ``hvg1000``, ``all`` or ``listed``.
+        How the genes were chosen: ``mean250``, ``hvg1000``, ``all``, ``others`` or ``listed``.
     n_training_spots
         Spots the panel was fitted on.
     note
@@ -142,6 +145,27 @@ class Panel:
         absent = len(genes) - len(kept)
         note = f"{absent} of {len(genes)} listed genes not measured in training" if absent else ""
         return cls(name, kept, _sublists(table.reindex(kept)), "listed", n_spots, note)
+
+    @classmethod
+    def others(cls, slides: Slides, panel: "Panel") -> "Panel":
+        """Take every gene outside a panel that has a count in three training spots or more.
+
+        The most variable stand first (see `fit`), so that a gene's place is its prior rank.
+
+        Raises
+        ------
+        UserError
+            The panel has all of them.
+        """
+        table, n_spots = _statistics(slides)
+        often = table[table["detected"] * n_spots >= MIN_SPOTS - 0.5]
+        genes = _ranked(often.drop(index=list(panel.genes), errors="ignore"), "hvg")
+        if not genes:
+            raise UserError(
+                f"No gene outside the panel {panel.name!r} has a count in {MIN_SPOTS} training "
+                "spots, so that there is none to learn beside it. Choose a smaller panel."
+            )
+        return cls(f"all but {panel.name}", genes, {}, "others", n_spots)
 
     def columns(self, gene_ids: Sequence[str]) -> np.ndarray:
         """Return where each gene stands in ``gene_ids``, int [G]; -1 where it does not."""

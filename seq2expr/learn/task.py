@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -54,6 +55,9 @@ class Material(Protocol):
 
     def before(self, model: nn.Module, member: int) -> None:
         """Let the model of a member look at its training rows."""
+
+    def between(self, model: nn.Module, member: int, epoch: int) -> None:
+        """Let the model of a member learn, before an epoch, what its steps do not."""
 
     def settle(self, model: nn.Module, member: int) -> None:
         """Let the model of a member fit what follows its weights."""
@@ -153,6 +157,7 @@ def _train_member(task: Task, member: int, place: Path, checkpoints: Path) -> di
         collator=material.collator(seed),
         plain=material.collator(None),
         score=material.score,
+        before_epoch=partial(material.between, model, member),
         config=config,
         seed=seed,
         checkpoints=checkpoints,

@@ -138,6 +138,9 @@ class GeneMaterial:
     def before(self, model: nn.Module, member: int) -> None:
         """Nothing: what is fitted on training windows is in the configuration."""
 
+    def between(self, model: nn.Module, member: int, epoch: int) -> None:
+        """Systems of genes learn by their steps alone."""
+
     def settle(self, model: nn.Module, member: int) -> None:
         """Nothing: the weights say it all."""
 

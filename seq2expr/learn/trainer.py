@@ -14,6 +14,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from seq2expr.config import TrainConfig
+from seq2expr.learn.sampler import GroupSampler
 from seq2expr.model.batch import Batch
 from seq2expr.progress import wants_progress
 from seq2expr.store import write_text
@@ -92,14 +94,23 @@ class WeightAverage:
 class SystemTrainer(transformers.Trainer):
     """Trainer that logs the named losses of a system and can keep an average of its weights.
 
-    With ``decay`` above 0 an exponential moving average of the weights is validated, saved
-    beside each checkpoint, and left in the model at the end.
+    ``sampler`` is the order of training rows, by default random. With ``decay`` above 0 an
+    exponential moving average of the weights is validated, saved beside each checkpoint, and left
+    in the model at the end.
     """
 
-    def __init__(self, *args: Any, decay: float = 0.0, **kwargs: Any):
+    def __init__(
+        self, *args: Any, decay: float = 0.0, sampler: Sampler | None = None, **kwargs: Any
+    ):
+        self._sampler = sampler
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.average = WeightAverage(self.model, decay) if decay else None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        if self._sampler is not None:
+            return self._sampler
+        return super()._get_train_sampler(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate the averaged weights, where there are any."""
@@ -148,10 +159,10 @@ class SystemTrainer(transformers.Trainer):
 
 
 class _Housekeeping(TrainerCallback):
-    """Tell the collator the epoch, average the weights, mark checkpoints that are complete."""
+    """Tell others the epoch, average the weights, mark checkpoints that are complete."""
 
-    def __init__(self, collator: Collator):
-        self._collator = collator
+    def __init__(self, collator: Collator, before_epoch: Callable[[int], None]):
+        self._collator, self._before_epoch = collator, before_epoch
         self.average: WeightAverage | None = None
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
@@ -160,6 +171,7 @@ class _Housekeeping(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_: Any) -> None:
         self._collator.epoch = int(state.epoch or 0)
+        self._before_epoch(self._collator.epoch)
 
     def on_save(self, args, state, control, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes a file of its own
@@ -177,6 +189,7 @@ def fit(
     collator: Collator,
     plain: Collator,
     score: Score,
+    before_epoch: Callable[[int], None],
     config: TrainConfig,
     seed: int,
     checkpoints: Path,
@@ -194,6 +207,8 @@ def fit(
         With augmentation, for training; without, for validation.
     score
         Of the answers on validation rows.
+    before_epoch
+        Called with the number of every epoch before it, from 0.
     config
         Training settings.
     seed
@@ -207,10 +222,11 @@ def fit(
     The log: one entry per epoch and part.
     """
     resume = last_checkpoint(checkpoints)
-    keeper = _Housekeeping(collator)
+    keeper = _Housekeeping(collator, before_epoch)
     trainer = SystemTrainer(
         model=model,
         decay=config.average,
+        sampler=_sampler(train, config, seed),
         args=_arguments(
             config,
             seed,
@@ -238,6 +254,18 @@ def fit(
             ignore_keys_for_eval=["importance", "attention", "profile", "losses", "other"],
         )
     return trainer.state.log_history
+
+
+def _sampler(train: Dataset, config: TrainConfig, seed: int) -> Sampler | None:
+    """Return the order of training rows; None where it is just random."""
+    if config.slides_per_batch is None or "slide" not in train.column_names:
+        return None
+    return GroupSampler(
+        np.asarray(train["slide"]),
+        batch_size=config.batch_size,
+        groups_per_batch=config.slides_per_batch,
+        seed=seed,
+    )
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:

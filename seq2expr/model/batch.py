@@ -46,9 +46,25 @@ class Batch(ModelOutput):
     spot_tokens
         Features of a frozen image encoder, float32 [B, P, D]; ``None`` where the system computes
         them from ``patch``.
+    window_tokens, window_mask
+        Features of the T tiles around each spot, row by row, by the frozen context encoder,
+        float32 [B, T, D], 0 where a tile is outside the picture; bool [B, T], whether it is not.
+    slide_tokens, slide_grid, slide_offsets, slide_row
+        All spots of the slides that occur in the batch, one slide after the other: features by
+        the frozen context encoder, float32 [M, D], and places on the array, int64 [M, 2] (column,
+        row). Slide s has the tokens ``slide_offsets[s]`` to ``slide_offsets[s + 1]``, int64
+        [S + 1]; ``slide_row`` is the token of each row's own spot, int64 [B].
+    boundary, window_boundary
+        Boundary maps of the patch, uint8 [B, h, w, C], and of the window of its tiles, uint8
+        [B, h', w', C] (see :mod:`seq2expr.image.boundary`).
     expression
         Measured expression of each spot as an input, float32 [B, G_in], in the units of its own
         label card; in training and where keys are made, never for a prediction.
+    auxiliary
+        Labels of genes outside the panel, float32 [B, A], NaN where not known; in training only.
+    gene_text
+        Text embeddings of the genes that are asked for, float32 [G, T], shared by all rows;
+        ``None``: the genes that were trained.
     library_size
         Counts of each spot over all measured genes, float32 [B].
     slide
@@ -75,7 +91,17 @@ class Batch(ModelOutput):
     text_mask: torch.Tensor | None = None
     patch: torch.Tensor | None = None
     spot_tokens: torch.Tensor | None = None
+    window_tokens: torch.Tensor | None = None
+    window_mask: torch.Tensor | None = None
+    slide_tokens: torch.Tensor | None = None
+    slide_grid: torch.Tensor | None = None
+    slide_offsets: torch.Tensor | None = None
+    slide_row: torch.Tensor | None = None
+    boundary: torch.Tensor | None = None
+    window_boundary: torch.Tensor | None = None
     expression: torch.Tensor | None = None
+    auxiliary: torch.Tensor | None = None
+    gene_text: torch.Tensor | None = None
     library_size: torch.Tensor | None = None
     slide: torch.Tensor | None = None
     xy_um: torch.Tensor | None = None
@@ -99,7 +125,7 @@ class Encoded:
     Parameters
     ----------
     site
-        Site embedding [B, D].
+        Site embedding [B, D], or one for each gene [B, G, D].
     positions
         Embedding along the window [B, P, D], P dividing L, where the system has one.
     importance
@@ -108,6 +134,8 @@ class Encoded:
         Weight of every position in the pooling [B, P], mean over heads, where it has one.
     losses
         Named extra losses, already weighted.
+    extras
+        What further losses of the system read, by name.
     """
 
     site: torch.Tensor
@@ -115,6 +143,7 @@ class Encoded:
     importance: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

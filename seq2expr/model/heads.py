@@ -1,7 +1,7 @@
 """The one head: from a site embedding to expression, for every system."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,10 @@ from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 
-HeadKind = Literal["linear", "mlp", "identity"]
+HeadKind = Literal["linear", "mlp", "identity", "genebank"]
+LossKind = Literal["smooth_l1", "mse", "pearson"]
+
+_LEAST_SPREAD = 1e-8  # of the denominator of a correlation
 
 
 class ExpressionHead(nn.Module):
@@ -25,8 +28,9 @@ class ExpressionHead(nn.Module):
     targets
         Names of the G targets.
     kind
-        ``linear``, ``mlp`` (``depth`` hidden layers), or ``identity`` (the site embedding is the
-        answer).
+        ``linear``, ``mlp`` (``depth`` hidden layers), ``identity`` (the site embedding is the
+        answer), or ``genebank`` (one linear layer for all targets, which reads a site embedding
+        of each, so that a target that was not trained can be asked for).
     hidden, depth, dropout
         Of the MLP.
     input_dropout
@@ -36,7 +40,8 @@ class ExpressionHead(nn.Module):
     weights
         Weight of each target in the loss.
     loss
-        ``smooth_l1`` (β = 1) or ``mse``, on standardised units.
+        ``smooth_l1`` (β = 1) or ``mse``, on standardised units; or ``pearson``: 1 - r over the
+        rows of the batch, which says nothing of level and spread.
     activation
         ``relu`` or ``gelu``.
     """
@@ -54,23 +59,25 @@ class ExpressionHead(nn.Module):
         mean: Sequence[float] | None = None,
         sd: Sequence[float] | None = None,
         weights: Sequence[float] | None = None,
-        loss: Literal["smooth_l1", "mse"] = "smooth_l1",
+        loss: LossKind = "smooth_l1",
         activation: Literal["relu", "gelu"] = "relu",
     ):
         super().__init__()
         for name, value, allowed in (
-            ("kind", kind, ("linear", "mlp", "identity")),
-            ("loss", loss, ("smooth_l1", "mse")),
+            ("kind", kind, get_args(HeadKind)),
+            ("loss", loss, get_args(LossKind)),
             ("activation", activation, ("relu", "gelu")),
         ):
             if value not in allowed:
                 raise UserError(f"model.head.{name} is {value!r}; it can be {', '.join(allowed)}.")
         self.d_in = d_in
-        self.loss_kind = loss
+        self.kind, self.loss_kind = kind, loss
         count = len(targets)
         act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
         if kind == "identity":
             self.net = nn.Identity()
+        elif kind == "genebank":
+            self.net = nn.Linear(d_in, 1)
         elif kind == "linear":
             self.net = nn.Linear(d_in, count)
         else:
@@ -83,12 +90,29 @@ class ExpressionHead(nn.Module):
         self.register_buffer("sd", torch.tensor(list(sd or [1.0] * count)))
         self.register_buffer("weights", torch.tensor(list(weights or [1.0] * count)))
 
-    def forward(self, site: Tensor) -> Tensor:
-        """Predict targets [B, G] from sites [B, D]."""
-        return self.net(site).float() * self.sd + self.mean
+    def forward(self, site: Tensor, *, standardised: bool = False) -> Tensor:
+        """Predict targets.
 
-    def loss(self, predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the weighted mean loss over the cells that have a target.
+        Parameters
+        ----------
+        site
+            [B, D]; of a ``genebank`` [B, G, D], of whichever targets are asked for.
+        standardised
+            Answer in standard deviations from the mean: that of a target that was not trained is
+            not known.
+
+        Returns
+        -------
+        Tensor
+            [B, G], float32.
+        """
+        answer = self.net(site).float()
+        if self.kind == "genebank":
+            answer = answer.squeeze(-1)
+        return answer if standardised else answer * self.sd + self.mean
+
+    def gene_losses(self, predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the loss of each target over the rows that have it [G], 0 where none has.
 
         Parameters
         ----------
@@ -97,14 +121,29 @@ class ExpressionHead(nn.Module):
         mask
             bool [B, G], False where there is no target.
         """
-        weights = self.weights.expand_as(predicted)
-        if mask is not None:
-            weights = weights * mask
+        known = torch.ones_like(target) if mask is None else mask.to(target.dtype)
+        predicted, target = ((v - self.mean) / self.sd for v in (predicted, target))
+        count = known.sum(0).clamp_min(1)
+        if self.loss_kind == "pearson":
+            x, y = ((v - (v * known).sum(0) / count) * known for v in (predicted, target))
+            # A constant has no direction: its correlation is 0, and it gets no gradient.
+            spread = (x.square().sum(0) * y.square().sum(0) + _LEAST_SPREAD**2).sqrt()
+            return (1 - (x * y).sum(0) / spread) * (known.sum(0) > 0)
         measure = F.smooth_l1_loss if self.loss_kind == "smooth_l1" else F.mse_loss
-        losses = measure(
-            (predicted - self.mean) / self.sd, (target - self.mean) / self.sd, reduction="none"
-        )
+        return (measure(predicted, target, reduction="none") * known).sum(0) / count
+
+    def weigh(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the mean of losses of targets [G], by weight and by the rows that have them.
+
+        With ``mask`` bool [B, G] it is Σ w n l / Σ w n, n the rows of each target; of losses that
+        are means over rows this is the weighted mean over all cells.
+        """
+        weights = self.weights if mask is None else self.weights * mask.sum(0)
         return (losses * weights).sum() / weights.sum().clamp_min(1e-8)
+
+    def loss(self, predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the weighted mean of :meth:`gene_losses`, whose arguments it takes."""
+        return self.weigh(self.gene_losses(predicted, target, mask), mask)
 
     def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         # The head that an adapter carries may have other targets than that of its base.
@@ -117,7 +156,7 @@ class ExpressionHead(nn.Module):
         """Make room for another number of targets."""
         chain = isinstance(self.net, nn.Sequential)
         last = self.net[-1] if chain else self.net
-        if isinstance(last, nn.Linear):
+        if isinstance(last, nn.Linear) and self.kind != "genebank":
             fresh = nn.Linear(last.in_features, count).to(last.weight)
             fresh.requires_grad_(last.weight.requires_grad)
             if chain:

@@ -48,6 +48,9 @@ class SpotConfig(SystemConfig):
         *("token_mean", "token_sd", "label", "panel", "expression_mean", "expression_sd"),
     )
 
+    standardised: ClassVar[bool] = True
+    """Whether tokens are scaled by their mean and spread over training spots."""
+
     encoder: str | dict = "colour"
     patch_um: float = 112.0
     patch_px: int = 224
@@ -66,6 +69,27 @@ class SpotConfig(SystemConfig):
         self.encoder = resolve_encoder(self.encoder)
         super().__post_init__(**kwargs)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of a batch that a prediction reads.
+
+        The data path opens what is named here: for ``window_tokens`` and ``slide_tokens`` the
+        configuration also has ``context_encoder`` (resolved) and ``tile_px``, for ``boundary``
+        and ``window_boundary`` it has ``boundary_extractor``, ``boundary_mpp``,
+        ``boundary_shuffle`` and ``allow_coarse``.
+        """
+        return ("patch",)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether genes are described by texts; then ``bank`` says how these are embedded."""
+        return False
+
+    @property
+    def sight(self) -> "SpotConfig":
+        """The configuration that says what of a picture is read: of a wrapper, the wrapped one."""
+        return self
+
 
 class SpotSystem(System):
     """A system that reads patches.
@@ -77,30 +101,38 @@ class SpotSystem(System):
     main_input_name = "patch"
     flags: ClassVar[dict[str, str]] = {
         "patch": "--slide IMAGE with --spots FILE or --grid-um",
+        **dict.fromkeys(
+            ("window_tokens", "slide_tokens", "boundary", "window_boundary"),
+            "the whole slide with --slide IMAGE, or a data file of slides",
+        ),
         "expression": "data with measured expression",
     }
     selects: ClassVar[str] = "mse"
     """What the best epoch is chosen by on validation spots: ``mse`` of the head's answer, or the
     whole ``loss``."""
-    standardised: ClassVar[bool] = True
-    """Whether tokens are scaled by their mean and spread over training spots."""
     reads_expression: ClassVar[bool] = False
     """Whether training reads the expression of its spots as an input."""
+    reads_auxiliary: ClassVar[bool] = False
+    """Whether training reads labels of the genes outside the panel."""
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Fields of a batch that a prediction reads."""
-        return ("patch",)
+        return self.config.reads
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "SpotSystem":
         """Load a checkpoint, and the encoder that it names where it does not hold it."""
         system = super().from_pretrained(*args, **kwargs)
-        if system.encoder.stored:
-            system.encoder.settle()
-        else:
-            system.encoder = build_encoder(system.config.encoder)
+        system.restore()
         return system.train(system.training)
+
+    def restore(self) -> None:
+        """Load, after the checkpoint, the encoder that it names where it does not hold it."""
+        if self.encoder.stored:
+            self.encoder.settle()
+        else:
+            self.encoder = build_encoder(self.config.encoder)
 
     def build_encoder(self) -> PatchEncoder:
         """Make the image encoder and the scaling of its tokens; return the encoder."""
@@ -125,6 +157,20 @@ class SpotSystem(System):
 
     def prepare(self, batches: Batches) -> None:
         """Look at the training rows before training, without gradients (see :meth:`settle`)."""
+
+    def between(self, epoch: int, batches: Batches) -> None:
+        """Learn, before an epoch of training, what is not learned by its steps.
+
+        Gradients are on and the model is in training mode; parameters must stay as they are.
+
+        Parameters
+        ----------
+        epoch
+            The one that follows, from 0.
+        batches
+            Gives the batches of ``"train"`` or ``"valid"`` rows, shuffled by seed and epoch and of
+            the size that is trained with, not augmented; as often as it is asked.
+        """
 
     def stains(self) -> "pd.DataFrame | None":
         """Return the stains that each gene has learned, of a system that learns any."""
@@ -161,8 +207,9 @@ class SpotSystem(System):
         """
 
     def _check(self, batch: Batch) -> None:
-        if batch.spot_tokens is None or "patch" not in self.needs:
-            super()._check(batch)
+        if batch.spot_tokens is not None:  # they stand in for the patch
+            batch = Batch(**{**batch, "patch": batch.spot_tokens})
+        super()._check(batch)
 
 
 def _leave_out_others(

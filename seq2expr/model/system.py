@@ -143,6 +143,16 @@ class System(PreTrainedModel):
         """Return the answer, given that of the head: a retrieval has another than its head."""
         return {"mean": mean}
 
+    def gene_losses(
+        self, mean: torch.Tensor, encoded: Encoded, batch: Batch
+    ) -> dict[str, torch.Tensor]:
+        """Return the supervised losses of each target [G] by name, given the head's answer."""
+        return {"expression": self.head.gene_losses(mean, batch.target, batch.target_mask)}
+
+    def balance(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weigh the named losses against one another, where their weights are not fixed."""
+        return losses
+
     def forward(self, **fields: Any) -> Prediction:
         """Predict the targets of a batch given as keyword fields of :class:`Batch`."""
         batch = Batch(**fields)
@@ -150,9 +160,11 @@ class System(PreTrainedModel):
         encoded = self.encode(batch)
         losses = dict(encoded.losses)
         site, further = self.read_out(encoded, batch, losses)
-        mean = self.head(site)
+        mean = self.head(site, standardised=batch.gene_text is not None)
         if batch.target is not None:
-            losses["expression"] = self.head.loss(mean, batch.target, batch.target_mask)
+            for name, values in self.gene_losses(mean, encoded, batch).items():
+                losses[name] = self.head.weigh(values, batch.target_mask)
+            losses = self.balance(losses)
         return Prediction(
             loss=sum(losses.values()) if batch.target is not None else None,
             importance=encoded.importance,

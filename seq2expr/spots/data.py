@@ -200,9 +200,7 @@ class SpotData:
 
     def fit_panel(self, rule: str, root: Path) -> Panel:
         """Choose the genes on training spots (those validated on are among them)."""
-        slides = []
-        for slide, rows in self._by_slide(self.rows("train")):
-            slides.append((slide.counts[rows], slide.genes))
+        slides = self._training_counts()
         path = root / rule
         if path.suffix == ".json" and path.is_file():
             panel = read_panel(path)
@@ -216,6 +214,22 @@ class SpotData:
             return Panel.fit(slides, rule)
         except UserError as error:
             raise UserError(f"data.panel {rule!r} (no file in {root}): {error}") from error
+
+    def other_genes(self, panel: Panel) -> Panel:
+        """Return the genes beside a panel, as training spots rank them.
+
+        Raises
+        ------
+        UserError
+            When there is none, or the label of a gene would depend on which others are asked for.
+        """
+        if self.card.scope == "panel":
+            raise UserError(
+                f"data.label is {self.card.name!r}, which divides by the total of the panel; "
+                "genes outside it have no such label. Choose a card that divides by the total of "
+                "all genes, such as cp10k."
+            )
+        return Panel.others(self._training_counts(), panel)
 
     def labels(self, panel: Panel, card: LabelCard | None = None) -> np.ndarray:
         """Return the labels of every row of the table, float64 [N, G]; NaN where there is none.
@@ -251,6 +265,12 @@ class SpotData:
                 )
         refuse_leaks(leaks, allow_leaky=self.config.split.allow_leaky)
         return tuple(leaks)
+
+    def _training_counts(self) -> list[tuple[sparse.csr_matrix, list[str]]]:
+        """Return the counts of the training spots of each slide, and its genes."""
+        return [
+            (slide.counts[rows], slide.genes) for slide, rows in self._by_slide(self.rows("train"))
+        ]
 
     def _by_slide(self, rows: np.ndarray) -> list[tuple[SpotSlide, np.ndarray]]:
         """Return each slide among some rows, and which of its spots they are."""

@@ -9,8 +9,9 @@ from seq2expr.learn.finetune import Tuning, build_member, geometry_of, of_base
 from seq2expr.learn.task import Task
 from seq2expr.model.system import members_of
 from seq2expr.schema import SpotDataConfig
+from seq2expr.spots.fit import fit_targets
 from seq2expr.spots.seen import check_unseen
-from seq2expr.spots.train import fit_targets, open_material, spot_system
+from seq2expr.spots.train import open_material, spot_system
 
 
 def _as_base(config: RunConfig, base: Path, root: Path) -> SpotDataConfig:
@@ -29,7 +30,7 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
         for member in range(len(members))
     ]
     material = open_material(config, geometry, root, encoders=encoders)
-    fitted = fit_targets(material)
+    fitted = fit_targets(material, geometry)
     renewed = None
     if (fitted["targets"], fitted["label"]) != (geometry.targets, geometry.label):
         if spot_system(config.system).reads_expression:

@@ -19,7 +19,8 @@ from seq2expr.model.batch import Prediction, fields_on
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
 from seq2expr.spots.data import SpotSlide
-from seq2expr.spots.reading import SpotReader, keeps_features, open_inputs
+from seq2expr.spots.inputs import keeps_features, open_inputs
+from seq2expr.spots.reading import SpotReader
 from seq2expr.spots.request import open_request
 from seq2expr.store import digest, file_digest, publish
 
@@ -102,11 +103,11 @@ def open_predictor(
     if torch.cuda.is_available():
         model = model.to("cuda")
     system = members_in(model)[0]
-    config = system.config
+    sight = system.config.sight
     # Where one member has an encoder of its own, all of them read pixels.
     cache = keeps_features(*(member.encoder for member in members_in(model)))
-    spec = PatchSpec(um=config.patch_um, px=config.patch_px)
-    inputs = open_inputs(slides, system.encoder, spec, cache=cache, verify=verify)
+    spec = PatchSpec(um=sight.patch_um, px=sight.patch_px)
+    inputs = open_inputs(slides, system.encoder, spec, sight=sight, cache=cache, verify=verify)
     counts = [len(slide.adata) for slide in slides]
     ids = [f"{slide.name}/{spot}" for slide in slides for spot in slide.adata.obs_names]
     reader = SpotReader(

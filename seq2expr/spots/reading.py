@@ -8,89 +8,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from seq2expr.image.patches import PatchSpec, PatchStore, open_patches
-from seq2expr.learn.feature_store import FeatureStore, open_features
 from seq2expr.model.batch import Batch
-from seq2expr.model.encoders import PatchEncoder
-from seq2expr.model.system import is_added
-from seq2expr.spots.data import SpotSlide
+from seq2expr.spots.inputs import TURNS, SlideInputs
 
 BATCH = 64
 """Spots of a batch where its size does not matter."""
-
-TURNS = 8
-"""Ways to turn and flip a square."""
-
-
-def keeps_features(*encoders: PatchEncoder) -> bool:
-    """Tell whether the features of a patch are the same for all these encoders, and known by name.
-
-    They are not where an encoder was trained or adapted: its identity tells it before that.
-    """
-    for encoder in encoders:
-        if not encoder.frozen or encoder.resolved["train"] or any(map(is_added, _names(encoder))):
-            return False
-    return len({encoder.identity for encoder in encoders}) == 1
-
-
-def _names(encoder: PatchEncoder) -> list[str]:
-    return [name for name, _ in encoder.named_parameters()]
-
-
-@dataclass(frozen=True)
-class SlideInputs:
-    """What a system reads of the spots of one slide.
-
-    Parameters
-    ----------
-    slide
-        The section.
-    patches
-        Pixels around each spot.
-    features
-        Tokens of the encoder; None where it is part of what is or was trained.
-    """
-
-    slide: SpotSlide
-    patches: PatchStore
-    features: FeatureStore | None
-
-
-def open_inputs(
-    slides: Sequence[SpotSlide],
-    encoder: PatchEncoder,
-    spec: PatchSpec,
-    *,
-    turned: bool = False,
-    cache: bool = True,
-    verify: bool = False,
-) -> dict[str, SlideInputs]:
-    """Cut the patches of slides, and encode them once where that can be kept.
-
-    Parameters
-    ----------
-    slides
-        The sections.
-    encoder
-        Of the system.
-    spec
-        Size of a patch.
-    turned
-        Also encode them turned and flipped.
-    cache
-        Keep the features, where they are known by name (see :func:`keeps_features`); otherwise
-        the encoder runs at every step.
-    verify
-        Hash pictures again even where path, size and time are known.
-    """
-    found = {}
-    for slide in slides:
-        patches = open_patches(slide.image, slide.xy, mpp=slide.mpp, spec=spec, verify=verify)
-        features = None
-        if cache and keeps_features(encoder):
-            features = open_features(encoder, patches, turns=TURNS if turned else 1)
-        found[slide.name] = SlideInputs(slide, patches, features)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +34,9 @@ class SpotReader:
     expression
         The input of training, float64 [N, G], NaN where it is not known; None where the system
         reads none.
+    auxiliary
+        Labels of further genes in training, float32 [N, A], NaN where there is none; None where
+        the system reads none.
     """
 
     inputs: Mapping[str, SlideInputs]
@@ -120,13 +45,15 @@ class SpotReader:
     rows: np.ndarray
     targets: np.ndarray | None = None
     expression: np.ndarray | None = None
+    auxiliary: np.ndarray | None = None
 
     def batch(self, index: np.ndarray, turns: np.ndarray | None = None) -> Batch:
         """Read some spots, each turned as ``turns`` [B] says, with labels where there are any."""
         batch = Batch(ids=[self.ids[i] for i in index])
         batch["slide"] = torch.from_numpy(self.slides[index])
-        for name, values in self._read(index, turns).items():
-            batch[name] = torch.from_numpy(values)
+        for fields in (self._read(index, turns), self._read_slides(index)):
+            for name, values in fields.items():
+                batch[name] = torch.from_numpy(values)
         if self.targets is not None:
             target = self.targets[index]
             batch["target"] = torch.from_numpy(np.nan_to_num(target).astype(np.float32))
@@ -134,6 +61,8 @@ class SpotReader:
         if self.expression is not None:
             # What is not known stays NaN: systems read it as the mean of its gene.
             batch["expression"] = torch.from_numpy(self.expression[index].astype(np.float32))
+        if self.auxiliary is not None:
+            batch["auxiliary"] = torch.from_numpy(self.auxiliary[index])
         return batch
 
     def batches(self, index: np.ndarray, size: int = BATCH) -> Iterator[Batch]:
@@ -142,6 +71,14 @@ class SpotReader:
             own = index[self.slides[index] == number]
             for start in range(0, len(own), size):
                 yield self.batch(own[start : start + size])
+
+    def shuffled(
+        self, index: np.ndarray, size: int, random: np.random.Generator
+    ) -> Iterator[Batch]:
+        """Yield batches of some rows in random order, of one row at the least."""
+        index = random.permutation(index)
+        for start in range(0, len(index), size):
+            yield self.batch(index[start : start + size])
 
     def _read(self, index: np.ndarray, turns: np.ndarray | None) -> dict[str, np.ndarray]:
         """Read the fields that come from slides, in the order of ``index``."""
@@ -162,6 +99,10 @@ class SpotReader:
                 fields["spot_tokens"] = source.features.read(rows, turn)
             else:
                 fields["patch"] = source.patches.read(rows, turn)
+            if source.windows is not None:
+                fields["window_tokens"], fields["window_mask"] = source.windows.read(rows, turn)
+            if source.boundary is not None:
+                fields["boundary"], fields["window_boundary"] = source.boundary.read(rows, turn)
             parts.append((where, fields))
         shared = set.intersection(*(set(fields) for _, fields in parts))
         order = np.argsort(np.concatenate([where for where, _ in parts]))
@@ -169,6 +110,21 @@ class SpotReader:
             name: np.concatenate([fields[name] for _, fields in parts])[order]
             for name in parts[0][1]
             if name in shared
+        }
+
+    def _read_slides(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Read all spots of the slides that occur, packed, for systems that see whole slides."""
+        sources = list(self.inputs.values())
+        numbers, place = np.unique(self.slides[index], return_inverse=True)
+        shown = [sources[number] for number in numbers]
+        if not shown or shown[0].whole is None:
+            return {}
+        offsets = np.cumsum([0, *(len(source.tokens) for source in shown)])
+        return {
+            "slide_tokens": np.concatenate([source.tokens for source in shown]),
+            "slide_grid": np.concatenate([source.slide.grid for source in shown]),
+            "slide_offsets": offsets,
+            "slide_row": offsets[place] + self.rows[index],
         }
 
 
@@ -204,6 +160,6 @@ class SpotCollator:
         return self.reader.batch(index, turns)
 
 
-def index_table(rows: np.ndarray) -> Dataset:
-    """Make the table of row numbers that a :class:`SpotCollator` turns into batches."""
-    return Dataset.from_dict({"index": rows}).with_format("numpy")
+def index_table(rows: np.ndarray, slides: np.ndarray) -> Dataset:
+    """Make the table that a :class:`SpotCollator` turns into batches: rows, and their slides."""
+    return Dataset.from_dict({"index": rows, "slide": slides[rows]}).with_format("numpy")

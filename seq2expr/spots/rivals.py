@@ -13,7 +13,7 @@ from seq2expr.learn.feature_store import open_features
 from seq2expr.model.encoders import PatchEncoder, build_encoder, resolve_encoder
 from seq2expr.spots.controls import Label, SpotRows
 from seq2expr.spots.data import SpotSlide
-from seq2expr.spots.reading import keeps_features
+from seq2expr.spots.inputs import keeps_features
 
 COLOURS = {
     "mean_od": {"kind": "colour", "what": "mean_od"},

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,9 @@ from seq2expr.model.encoders import PatchEncoder, build_encoder
 from seq2expr.model.spot_system import SpotConfig, SpotSystem
 from seq2expr.model.system import check_settings, system_class
 from seq2expr.spots.data import SpotData, open_spots
-from seq2expr.spots.reading import (
-    SpotCollator,
-    SpotReader,
-    index_table,
-    keeps_features,
-    open_inputs,
-)
+from seq2expr.spots.fit import fit_scalers, scaling
+from seq2expr.spots.inputs import WINDOW, SlideInputs, keeps_features, open_inputs
+from seq2expr.spots.reading import SpotCollator, SpotReader, index_table
 from seq2expr.store import write_text
 
 log = logging.getLogger(__name__)
@@ -95,6 +91,10 @@ class SpotMaterial:
         Of all spots.
     leaks
         Why the split is leaky, patches that overlap included.
+    others
+        Genes that are learned beside the panel, where the system does that.
+    bank
+        Texts of the genes, where the system reads them.
     """
 
     config: RunConfig
@@ -102,6 +102,8 @@ class SpotMaterial:
     panel: Panel
     reader: SpotReader
     leaks: tuple[str, ...]
+    others: Panel | None = None
+    bank: object | None = None
 
     def score(self, evaluation: transformers.EvalPrediction) -> dict[str, float]:
         """Return error (in standard deviations of training) and correlation, mean over genes."""
@@ -126,17 +128,18 @@ class SpotMaterial:
     @cached_property
     def scaling(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each target over training spots [G]."""
-        return _scaling(self.reader.targets[self.data.rows("train")])
+        return scaling(self.reader.targets[self.data.rows("train")])
 
     def rows(self, member: int) -> MemberRows:
         """Return the spots of a member, and what it validates on."""
         train, valid, what = self.data.member_rows(member)
-        return MemberRows(index_table(train), index_table(valid), {"validated_on": what})
+        parts = [index_table(rows, self.reader.slides) for rows in (train, valid)]
+        return MemberRows(*parts, {"validated_on": what})
 
     def trial(self, count: int) -> tuple[Dataset, int]:
         """Return at most ``count`` training spots, and how many there are."""
         rows = self.data.rows("train")
-        return index_table(rows[:count]), len(rows)
+        return index_table(rows[:count], self.reader.slides), len(rows)
 
     def collator(self, seed: int | None) -> SpotCollator:
         """Return what reads the spots of a batch."""
@@ -147,6 +150,19 @@ class SpotMaterial:
     def before(self, model: nn.Module, member: int) -> None:
         """Let the system look at the training spots of its member."""
         self._show(model, member, "prepare")
+
+    def between(self, model: nn.Module, member: int, epoch: int) -> None:
+        """Let the system learn what its steps do not, on batches shuffled by seed and epoch."""
+        seed = self.config.train.seed + member
+        parts = self._parts(member)
+
+        def batches(part: str) -> Iterator[Batch]:
+            random = np.random.default_rng([seed, epoch])
+            return self.reader.shuffled(parts[part], self.config.train.batch_size, random)
+
+        with torch.random.fork_rng():  # a resumed run draws the same numbers afterwards
+            torch.manual_seed(seed * 1_000_003 + epoch)
+            system_of(model).between(epoch, batches)
 
     def settle(self, model: nn.Module, member: int) -> None:
         """Let the system fit what follows its weights."""
@@ -177,10 +193,13 @@ class SpotMaterial:
         }
         return {"spots": spots, "leaky": bool(self.leaks), "leaks": list(self.leaks)}
 
+    def _parts(self, member: int) -> dict[str, np.ndarray]:
+        train, valid, _ = self.data.member_rows(member)
+        return {"train": train, "valid": valid}
+
     def _show(self, model: nn.Module, member: int, hook: str) -> None:
         """Call a hook of the system with the batches of its member."""
-        train, valid, _ = self.data.member_rows(member)
-        parts = {"train": train, "valid": valid}
+        parts = self._parts(member)
 
         def batches(part: str) -> Iterator[Batch]:
             return self.reader.batches(parts[part])
@@ -207,38 +226,49 @@ def open_material(
     encoders = encoders or [build_encoder(geometry.encoder)]
     system = spot_system(config.system)
     data = open_spots(config.data, root)
-    leaks = data.leaks + data.check_overlap(geometry.patch_um)
+    sight = geometry.sight
+    seen = WINDOW if "window_tokens" in sight.reads else 1
+    leaks = data.leaks + data.check_overlap(sight.patch_um * seen)
     panel = data.fit_panel(config.data.panel, root)
+    others = data.other_genes(panel) if system.reads_auxiliary else None
+    inputs = _open_inputs(data, geometry, encoders, turned=config.train.dihedral)
     return SpotMaterial(
         config,
         data,
         panel,
-        _open_reader(data, panel, geometry, system, encoders, turned=config.train.dihedral),
+        _reader(data, inputs, panel, others, geometry, system),
         leaks,
+        others,
+        None,
     )
 
 
-def _open_reader(
-    data: SpotData,
-    panel: Panel,
-    geometry: SpotConfig,
-    system: type[SpotSystem],
-    encoders: Sequence[PatchEncoder],
-    *,
-    turned: bool,
-) -> SpotReader:
-    """Open patches or features of all spots of a data set, with their labels."""
-    spec = PatchSpec(um=geometry.patch_um, px=geometry.patch_px)
+def _open_inputs(
+    data: SpotData, geometry: SpotConfig, encoders: Sequence[PatchEncoder], *, turned: bool
+) -> dict[str, SlideInputs]:
+    """Open what the system reads of the slides of a data set."""
+    sight = geometry.sight
     with PartialState().main_process_first():
-        inputs = open_inputs(
+        return open_inputs(
             list(data.slides.values()),
             encoders[0],
-            spec,
+            PatchSpec(um=sight.patch_um, px=sight.patch_px),
+            sight=sight,
             turned=turned,
             cache=keeps_features(*encoders),
         )
-    expression = None
-    targets = data.labels(panel)
+
+
+def _reader(
+    data: SpotData,
+    inputs: Mapping[str, SlideInputs],
+    panel: Panel,
+    others: Panel | None,
+    geometry: SpotConfig,
+    system: type[SpotSystem],
+) -> SpotReader:
+    """Join inputs and labels of all spots of a data set."""
+    targets, expression = data.labels(panel), None
     if system.reads_expression:
         card = geometry.expression_label
         expression = targets if card is None else data.labels(panel, label_card(card))
@@ -250,62 +280,15 @@ def _open_reader(
         rows=data.table["row"].to_numpy(np.int64),
         targets=targets,
         expression=expression,
+        auxiliary=None if others is None else data.labels(others).astype(np.float32),
     )
 
 
 @quiet()
 def _prepare(config: RunConfig, system: type[SpotSystem], root: Path) -> Task:
     """Fit panel and scalers on the training spots of the run."""
-    material = open_material(config, system.config_class(**config.model), root)
-    model_config = system.config_class(**config.model, **fit_scalers(material, system))
+    geometry = system.config_class(**config.model)
+    material = open_material(config, geometry, root)
+    model_config = system.config_class(**config.model, **fit_scalers(material, geometry))
     system(model_config)  # refuses settings that do not fit before anything is written
     return Task(config, material, lambda _: system(model_config), save_system)
-
-
-def fit_scalers(material: SpotMaterial, system: type[SpotSystem]) -> dict[str, Any]:
-    """Return what a configuration holds of the data, fitted on the training spots."""
-    reader, data = material.reader, material.data
-    rows = data.rows("train")
-    fitted = fit_targets(material)
-    if reader.expression is not None:
-        mean, sd = _scaling(reader.expression[rows])
-        fitted |= {"expression_mean": mean.tolist(), "expression_sd": sd.tolist()}
-    cached = all(inputs.features is not None for inputs in reader.inputs.values())
-    if system.standardised and cached:
-        fitted |= _token_scaling(reader, rows)
-    return fitted
-
-
-def fit_targets(material: SpotMaterial) -> dict[str, Any]:
-    """Return what a configuration holds of the targets, fitted on the training spots."""
-    mean, sd = material.scaling
-    return {
-        "targets": list(material.panel.genes),
-        "target_mean": mean.tolist(),
-        "target_sd": sd.tolist(),
-        "label": material.data.card.name,
-        "panel": material.panel.to_dict(),
-    }
-
-
-def _scaling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of each column; 0 and 1 where nothing is known."""
-    known = ~np.isnan(values)
-    n = np.maximum(known.sum(axis=0), 1)
-    mean = np.where(known, values, 0.0).sum(axis=0) / n
-    sd = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(axis=0) / n)
-    return mean, np.where(sd > 0, sd, 1.0)
-
-
-def _token_scaling(reader: SpotReader, rows: np.ndarray) -> dict[str, list[float]]:
-    """Return mean and standard deviation of each feature over training spots and tokens."""
-    count, total, squares = 0, 0.0, 0.0
-    for batch in reader.batches(rows):
-        tokens = batch.spot_tokens.double().flatten(0, 1).numpy()
-        count, total = count + len(tokens), total + tokens.sum(0)
-        squares = squares + (tokens**2).sum(0)
-    mean = total / count
-    sd = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    # A feature that never changes is left at 0 by its mean; rounding must not blow it up.
-    sd = np.where(sd > 1e-6 * np.maximum(np.abs(mean), 1e-6), sd, 1.0)
-    return {"token_mean": mean.tolist(), "token_sd": sd.tolist()}

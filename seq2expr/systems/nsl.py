@@ -65,6 +65,7 @@ class NSLConfig(SpotConfig):
         "background": ("keep", "drop"),
     }
     derived: ClassVar[tuple[str, ...]] = ("background_share",)
+    standardised: ClassVar[bool] = False
 
     encoder: str | dict = "od"
     layout: str = "v1"
@@ -107,7 +108,6 @@ class NSL(SpotSystem):
     whole: ClassVar[tuple[str, ...]] = ("head", "stain")
     selects: ClassVar[str] = "loss"
     """Of all restarts together: their losses do not share a weight."""
-    standardised: ClassVar[bool] = False
 
     def __init__(self, config: NSLConfig):
         super().__init__(config)

@@ -10,7 +10,7 @@ import torch
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import load_run, run_manifest
 from seq2expr.model.system import system_class
-from seq2expr.spots.reading import keeps_features
+from seq2expr.spots.inputs import keeps_features
 from seq2expr.verbs import finetune
 from tests.runs import weights
 from tests.slides import write_data

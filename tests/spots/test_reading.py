@@ -9,13 +9,8 @@ from seq2expr.image.patches import PatchSpec, dihedral
 from seq2expr.model.encoders import build_encoder, resolve_encoder
 from seq2expr.schema import SpotDataConfig
 from seq2expr.spots.data import open_spots
-from seq2expr.spots.reading import (
-    TURNS,
-    SpotCollator,
-    SpotReader,
-    index_table,
-    open_inputs,
-)
+from seq2expr.spots.inputs import TURNS, open_inputs
+from seq2expr.spots.reading import SpotCollator, SpotReader, index_table
 from tests.slides import SPOTS
 
 SPEC = PatchSpec(um=32, px=32)  # as many pixels as the image has
@@ -125,7 +120,7 @@ def test_batches_never_cross_into_another_slide(read):
 def test_turns_depend_on_seed_epoch_and_row_alone(read):
     reader = read(encoder_of(kind="cnn", px=32))
     plain = SpotCollator(reader)
-    rows = list(index_table(np.arange(3 * SPOTS)))
+    rows = list(index_table(np.arange(3 * SPOTS), np.arange(3 * SPOTS)))
     whole = plain(rows).patch.numpy()
     seen = {}
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
@@ -148,7 +143,7 @@ def test_turns_depend_on_seed_epoch_and_row_alone(read):
 
 def test_turned_features_are_those_of_turned_patches(read):
     encoder = encoder_of(kind="od", grid=2)
-    rows = list(index_table(np.arange(12)))
+    rows = list(index_table(np.arange(12), np.arange(12)))
     cached = SpotCollator(read(encoder, turned=True), dihedral=True, seed=3)(rows)
     online = SpotCollator(read(encoder_of(kind="cnn", px=32)), dihedral=True, seed=3)(rows)
     torch.testing.assert_close(cached.spot_tokens, encoder(online.patch), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,89 @@
+"""What a configuration holds of the data: scalers and lists, fitted on training spots alone."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from seq2expr.model.spot_system import SpotConfig
+from seq2expr.spots.reading import SpotReader
+
+if TYPE_CHECKING:
+    from seq2expr.spots.train import SpotMaterial
+
+
+def fit_scalers(material: "SpotMaterial", geometry: SpotConfig) -> dict[str, Any]:
+    """Return the fitted fields that a configuration of this geometry has."""
+    reader, data = material.reader, material.data
+    rows = data.rows("train")
+    fitted = fit_targets(material, geometry)
+    if reader.expression is not None:
+        mean, sd = scaling(reader.expression[rows])
+        fitted |= {"expression_mean": mean.tolist(), "expression_sd": sd.tolist()}
+    inputs = list(reader.inputs.values())
+    if geometry.sight.standardised and all(s.features is not None for s in inputs):
+        fitted |= _named("token", _moments(b.spot_tokens.numpy() for b in reader.batches(rows)))
+    if inputs[0].windows is not None or inputs[0].whole is not None:
+        fitted |= _named("context", _moments(_context_tokens(reader, rows)))
+    return _known(fitted, geometry)
+
+
+def fit_targets(material: "SpotMaterial", geometry: SpotConfig) -> dict[str, Any]:
+    """Return what a configuration holds of the genes, fitted on the training spots."""
+    mean, sd = material.scaling
+    fitted = {
+        "targets": list(material.panel.genes),
+        "target_mean": mean.tolist(),
+        "target_sd": sd.tolist(),
+        "label": material.data.card.name,
+        "panel": material.panel.to_dict(),
+    }
+    if material.others is not None:
+        mean, sd = scaling(material.reader.auxiliary[material.data.rows("train")])
+        fitted["auxiliary"] = list(material.others.genes)
+        fitted |= _named("auxiliary", (mean, sd))
+    if material.bank is not None:
+        fitted["gene_vectors"] = material.bank.vectors.tolist()
+        fitted["gene_bank"] = material.bank.facts
+    return _known(fitted, geometry)
+
+
+def scaling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each column; 0 and 1 where nothing is known."""
+    known = ~np.isnan(values)
+    n = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, values, 0.0).sum(axis=0, dtype=np.float64) / n
+    sd = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(axis=0) / n)
+    return mean, np.where(sd > 0, sd, 1.0)
+
+
+def _known(fitted: dict[str, Any], geometry: SpotConfig) -> dict[str, Any]:
+    """Keep the fields that the configuration has."""
+    return {name: value for name, value in fitted.items() if name in geometry.fitted}
+
+
+def _named(name: str, moments: tuple[np.ndarray, np.ndarray]) -> dict[str, list[float]]:
+    mean, sd = moments
+    return {f"{name}_mean": mean.tolist(), f"{name}_sd": sd.tolist()}
+
+
+def _context_tokens(reader: SpotReader, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the tokens [n, D] of windows inside the picture, or else of the spots themselves."""
+    for batch in reader.batches(rows):
+        if batch.window_tokens is not None:
+            yield batch.window_tokens[batch.window_mask].numpy()
+        else:
+            yield batch.slide_tokens[batch.slide_row].numpy()
+
+
+def _moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each feature over all tokens [..., D]."""
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        tokens = part.reshape(-1, part.shape[-1]).astype(np.float64)
+        count, total = count + len(tokens), total + tokens.sum(0)
+        squares = squares + (tokens**2).sum(0)
+    mean = total / count
+    sd = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A feature that never changes is left at 0 by its mean; rounding must not blow it up.
+    return mean, np.where(sd > 1e-6 * np.maximum(np.abs(mean), 1e-6), sd, 1.0)
