@@ -93,6 +93,17 @@ def test_all_takes_what_every_section_measures(slides, table):
     assert Panel.fit(slides, "all").genes == ranked(table, "mean")
 
 
+def test_others_are_the_rest_by_variability(slides, table):
+    panel = Panel.fit(slides, "hvg10")
+    others = Panel.others(slides, panel)
+    common = table[table["detected"] * 78 >= 2.5].drop(index=list(panel.genes))
+    assert others.genes == ranked(common, "z")
+    assert 0 < len(others.genes) < len(table) - 10  # some have a count in fewer than three spots
+    assert others.rule == "others"
+    with pytest.raises(UserError, match="No gene outside the panel 'all' has a count in 3"):
+        Panel.others(slides, Panel.fit(slides, "all"))
+
+
 def test_fewer_genes_than_asked_for_are_all_taken_and_noted(slides, table):
     panel = Panel.fit(slides)
     qualify = int((table["detected"] >= 0.1).sum())
