@@ -188,9 +188,19 @@ _NC = f"CC-BY-NC-ND-4.0, non-commercial ({REMEMBERED})"
 
 ENCODERS = (
     EncoderEntry(
-        "colour", "3 or 15 numbers", "any patch", _ANY, "kind: colour, what: mean_od or colour15"
+        "colour",
+        "3 or 15 numbers, or grid x grid tokens of them",
+        "any patch",
+        _ANY,
+        "kind: colour, what: mean_od or colour15, grid: 1",
     ),
-    EncoderEntry("texture", "61 numbers", "any patch from 32 px", _ANY, "kind: texture"),
+    EncoderEntry(
+        "texture",
+        "61 numbers, or grid x grid tokens of them",
+        "any patch from 32 px (each cell of the grid)",
+        _ANY,
+        "kind: texture, grid: 1",
+    ),
     EncoderEntry("od", "grid x grid tokens of 3", "any patch", _ANY, "kind: od, grid: 28"),
     EncoderEntry(
         "cnn", "0.19 M parameters, 128", "64 px", "ours; trained with the system", "kind: cnn"
@@ -201,6 +211,13 @@ ENCODERS = (
         "224 px; pictures (ImageNet)",
         f"weights of torchvision: BSD-3-Clause ({REMEMBERED})",
         "kind: densenet121, with the weights in a file; else random",
+    ),
+    EncoderEntry(
+        "resnet18",
+        "11.2 M parameters, 49 tokens of 512 or their mean",
+        "224 px; histology (Ciga et al. 2022, self-supervised) or pictures (ImageNet)",
+        f"weights of Ciga et al.: MIT ({REMEMBERED}); of torchvision: BSD-3-Clause ({REMEMBERED})",
+        "kind: resnet18, with the weights in a file; else random",
     ),
     EncoderEntry(
         "microsoft/resnet-50",

@@ -2,10 +2,13 @@
 
 A store holds the patches as they lie, or in all eight turns of the square (an encoder of others
 is not blind to how a patch lies, so turned patches are what an augmentation of its features is).
-It is keyed by the patches and the identity of the encoder; an interrupted build leaves nothing.
+Where turning a patch only moves the tokens of an encoder, as they lie is enough, and they are
+moved when they are read. A store is keyed by the patches and the identity of the encoder; an
+interrupted build leaves nothing.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from seq2expr.errors import UserError
 from seq2expr.image.patches import TURNS, dihedral
+from seq2expr.image.tiles import tile_order
 from seq2expr.learn.trunk_cache import HALF_MAX, on_gpu
 from seq2expr.model.encoders import PatchEncoder, TokenLayout
 from seq2expr.progress import progress
@@ -48,6 +52,8 @@ class FeatureStore:
     ----------
     store
         A finished store; use :func:`open_features`.
+    equivariant
+        Turning a patch only moves its tokens, so that the store has every turn.
 
     Attributes
     ----------
@@ -56,11 +62,12 @@ class FeatureStore:
     layout
         P and D.
     turns
-        Number of turns T: 1 or 8.
+        Number of turns T on disk: 1 or 8.
     """
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, *, equivariant: bool = False):
         self.key = store.path.name
+        self._equivariant = equivariant
         self._features = store.array("features")
         self.turns, _, *layout = self._features.shape
         self.layout = TokenLayout(*layout)
@@ -86,6 +93,9 @@ class FeatureStore:
         """
         if turns is None:
             return self._features[0][rows].astype(np.float32)
+        if self._equivariant:
+            order = tile_order(math.isqrt(self.layout.tokens), turns)
+            return np.take_along_axis(self.read(rows), order[..., None], axis=1)
         if np.max(turns, initial=0) >= self.turns:
             raise ValueError(f"turn {np.max(turns)}: the store has {self.turns}; open it with 8")
         return self._features[turns, rows].astype(np.float32)
@@ -123,6 +133,7 @@ def open_features(
             "Features of an encoder that is trained cannot be kept: they change with every step. "
             "Set train of the encoder to false, or turn off data.features."
         )
+    turns = 1 if encoder.equivariant else turns
     settings = {"patches": patches.key, "encoder": encoder.identity, "turns": turns}
     store = open_store(
         "features",
@@ -130,7 +141,7 @@ def open_features(
         settings={"version": _FORMAT, **settings},
         build=lambda target: _build(encoder, patches, turns, batch_size, target),
     )
-    return FeatureStore(store)
+    return FeatureStore(store, equivariant=encoder.equivariant)
 
 
 def _build(

@@ -6,7 +6,7 @@ counts (shares, local binary patterns, maxima) have no gradient.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -133,8 +133,9 @@ def texture_statistics(patch: Tensor) -> dict[str, Tensor]:
     """
     if min(patch.shape[1:3]) < SMALLEST:
         raise UserError(
-            f"Patches of {patch.shape[1]} x {patch.shape[2]} px are too small for texture, which "
-            f"needs {SMALLEST} px. Raise data.patch.px, or use the encoder colour."
+            f"Patches or cells of {patch.shape[1]} x {patch.shape[2]} px are too small for "
+            f"texture, which needs {SMALLEST} px. Raise data.patch.px, lower the encoder's grid, "
+            "or use the encoder colour."
         )
     amounts = stains(patch)
     two = amounts[:, :2]
@@ -252,36 +253,86 @@ def _float(pixels: Tensor) -> Tensor:
 _COLOURS = {"mean_od": (mean_od, 3), "colour15": (colour15, 15)}
 
 
-class ColourEncoder(PatchEncoder):
-    """Colour statistics: ``what`` is ``mean_od`` (3) or ``colour15`` (15, the default)."""
+def cells(patch: Tensor, grid: int) -> Tensor:
+    """Cut patches into ``grid`` × ``grid`` cells, row by row: [B · grid², H / grid, W / grid, 3].
+
+    Raises
+    ------
+    UserError
+        When the cells do not divide the patch.
+    """
+    rows, height, width, colours = patch.shape
+    if height % grid or width % grid:
+        raise UserError(
+            f"Patches of {height} x {width} px cannot be cut into {grid} x {grid} cells of whole "
+            "pixels. Choose a grid of the encoder that divides data.patch.px."
+        )
+    cut = patch.reshape(rows, grid, height // grid, grid, width // grid, colours)
+    return cut.transpose(2, 3).reshape(-1, height // grid, width // grid, colours)
+
+
+def _cell_layout(given: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Check ``grid``, and leave out one of a single cell: features from before are still known."""
+    grid = given["grid"]
+    check_size("grid", grid)
+    kept = {name: value for name, value in given.items() if name != "grid" or grid > 1}
+    return described(grid**2, width, kept)
+
+
+class CellEncoder(PatchEncoder):
+    """Statistics of the cells of a patch, all cells of a batch at once."""
+
+    equivariant: ClassVar[bool] = True
+
+    def encode(self, patch: Tensor) -> Tensor:
+        """Compute the statistics of each cell [B, grid², D]."""
+        found = self.describe(cells(patch, self.resolved.get("grid", 1)))
+        return found.view(len(patch), *self.layout)
+
+    def describe(self, patch: Tensor) -> Tensor:
+        """Compute the statistics [B, D] of patches."""
+        raise NotImplementedError
+
+
+class ColourEncoder(CellEncoder):
+    """Colour statistics: ``what`` is ``mean_od`` (3) or ``colour15`` (15, the default).
+
+    With ``grid`` (by default 1) those of each of ``grid`` × ``grid`` cells.
+    """
 
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
-        """Check ``what``."""
-        given = settings_of_encoder(setting, optional={"what": "colour15"})
+        """Check ``what`` and ``grid``."""
+        given = settings_of_encoder(setting, optional={"what": "colour15", "grid": 1})
         check_choice("what", given["what"], tuple(_COLOURS))
-        return described(1, _COLOURS[given["what"]][1], given)
+        return _cell_layout(given, _COLOURS[given["what"]][1])
 
-    def encode(self, patch: Tensor) -> Tensor:
-        """Compute the statistics [B, 1, D]."""
-        return _COLOURS[self.resolved["what"]][0](patch).unsqueeze(1)
+    def describe(self, patch: Tensor) -> Tensor:
+        """Compute the statistics that ``what`` names."""
+        return _COLOURS[self.resolved["what"]][0](patch)
 
 
-class TextureEncoder(PatchEncoder):
-    """Stain and texture statistics (see :func:`seq2expr.model.colour.texture_statistics`)."""
+class TextureEncoder(CellEncoder):
+    """Stain and texture statistics (see :func:`seq2expr.model.colour.texture_statistics`).
+
+    With ``grid`` (by default 1) those of each of ``grid`` × ``grid`` cells, of 32 px at least:
+    a grid of 7 makes 49 tokens of a patch of 224 px.
+    """
 
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:
-        """There is nothing to set."""
-        return described(1, TEXTURES, settings_of_encoder(setting, optional={}))
+        """Check ``grid``."""
+        return _cell_layout(settings_of_encoder(setting, optional={"grid": 1}), TEXTURES)
 
-    def encode(self, patch: Tensor) -> Tensor:
-        """Compute the statistics [B, 1, 61]."""
-        return texture(patch).unsqueeze(1)
+    def describe(self, patch: Tensor) -> Tensor:
+        """Compute the 61 statistics."""
+        return texture(patch)
 
 
 class DensityEncoder(PatchEncoder):
     """Optical densities, averaged over the cells of a ``grid`` (by default 28 × 28): [B, P, 3]."""
+
+    equivariant: ClassVar[bool] = True
 
     @classmethod
     def resolve(cls, setting: Mapping[str, Any]) -> dict[str, Any]:

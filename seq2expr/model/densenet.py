@@ -26,7 +26,7 @@ from seq2expr.model.encoders import (
     seeded,
     settings_of_encoder,
 )
-from seq2expr.model.hub import read_weights, weights_file
+from seq2expr.model.hub import load_published, read_weights, weights_file
 from seq2expr.store import file_digest
 
 BLOCKS = (6, 12, 24, 16)
@@ -186,21 +186,8 @@ def load_weights(layers: nn.Module, path: Path) -> None:
     UserError
         When the file is of another network.
     """
-    found = {}
-    for name, value in read_weights(path).items():
-        name = _OLD_NAME.sub(r"\1\2", name.removeprefix("features."))
-        found[name] = value.float() if value.is_floating_point() else value
-    wanted = layers.state_dict()
-    # Files older than the counter of batches do not have it, and nothing here reads it.
-    wrong = [
-        name
-        for name, value in wanted.items()
-        if not name.endswith("num_batches_tracked")
-        and (name not in found or found[name].shape != value.shape)
-    ]
-    if wrong:
-        raise UserError(
-            f"{path} does not fit: {len(wrong)} of {len(wanted)} tensors of DenseNet-121 are "
-            f"missing or of another shape, such as features.{wrong[0]}. Check the file."
-        )
-    layers.load_state_dict(wanted | {name: found[name] for name in wanted if name in found})
+    found = {
+        "features." + _OLD_NAME.sub(r"\1\2", name.removeprefix("features.")): value
+        for name, value in read_weights(path).items()
+    }
+    load_published(layers, found, path, what="DenseNet-121", published="features.{}".format)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ KINDS = {
     "od": "seq2expr.model.colour:DensityEncoder",
     "cnn": "seq2expr.model.encoders:SmallCNN",
     "densenet121": "seq2expr.model.densenet:DenseNetEncoder",
+    "resnet18": "seq2expr.model.resnet:ResNetEncoder",
     "transformers": "seq2expr.model.vision:TransformersEncoder",
     "timm": "seq2expr.model.timm_encoder:TimmEncoder",
 }
@@ -72,7 +73,11 @@ class PatchEncoder(nn.Module):
         is trained, it tells the encoder before training.
     stored
         Its weights go into the checkpoint of the system that uses it.
+    equivariant
+        Turning or flipping a patch moves its tokens, and changes none of them.
     """
+
+    equivariant: ClassVar[bool] = False
 
     def __init__(self, resolved: Mapping[str, Any]):
         super().__init__()

@@ -2,13 +2,14 @@
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
@@ -91,12 +92,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote files that cannot be mapped
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}). Give a .safetensors file "
             "or a .pth file that holds tensors only."
         ) from error
+
+
+def load_published(
+    network: nn.Module,
+    found: dict[str, Tensor],
+    path: Path,
+    *,
+    what: str,
+    published: Callable[[str], str] = str,
+) -> None:
+    """Load a network from weights under their published names; more than it needs may be there.
+
+    Parameters
+    ----------
+    network
+        To load.
+    found
+        Weights of the file ``path``.
+    what
+        Name of the network, for messages.
+    published
+        Gives the published name of one of the network's.
+
+    Raises
+    ------
+    UserError
+        When the file is of another network.
+    """
+    wanted = network.state_dict()
+    # Files older than the counter of batches do not have it, and nothing here reads it.
+    wrong = [
+        published(name)
+        for name, value in wanted.items()
+        if not name.endswith("num_batches_tracked")
+        and getattr(found.get(published(name)), "shape", None) != value.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit: {len(wrong)} of {len(wanted)} tensors of {what} are missing or "
+            f"of another shape, such as {wrong[0]}. Check the file."
+        )
+    network.load_state_dict({name: found.get(published(name), wanted[name]) for name in wanted})
 
 
 @contextlib.contextmanager

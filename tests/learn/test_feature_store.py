@@ -35,6 +35,7 @@ class Counting(torch.nn.Module):
         super().__init__()
         self.inner = build_encoder(resolved)
         self.layout, self.identity, self.frozen = self.inner.layout, self.inner.identity, True
+        self.equivariant = False  # as the encoders of others
         self.change, self.fails_at, self.calls = change, fails_at, 0
 
     def forward(self, patch):
@@ -82,6 +83,28 @@ def test_all_turns_of_the_square(encoder, patches):
         once.read(np.array([0, 1]), np.array([0, 2]))
     with pytest.raises(ValueError, match="turns is 4; it can be 1 or 8"):
         open_features(encoder, patches, turns=4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"kind": "od", "grid": 3},
+        {"kind": "colour"},
+        {"kind": "colour", "grid": 2},
+        {"kind": "texture"},
+        {"kind": "texture", "grid": 2},
+    ],
+)
+def test_tokens_that_only_move_are_computed_once(setting):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    encoder = build_encoder(resolve_encoder(setting))
+    assert encoder.equivariant
+    store = open_features(encoder, PatchesOf("abc", pixels), turns=8)
+    assert store.turns == 1
+    assert store.key == open_features(encoder, PatchesOf("abc", pixels)).key
+    rows, turns = np.repeat(np.arange(3), 8), np.tile(np.arange(8), 3)
+    want = encoder(torch.from_numpy(dihedral(pixels[rows], turns))).numpy()
+    np.testing.assert_allclose(store.read(rows, turns), want, rtol=1e-3, atol=1e-4)
 
 
 def test_a_second_time_nothing_is_computed(encoder, patches):

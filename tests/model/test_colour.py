@@ -10,6 +10,7 @@ from seq2expr.errors import UserError
 from seq2expr.image.patches import dihedral
 from seq2expr.model.colour import (
     TEXTURES,
+    cells,
     colour15,
     mean_od,
     od_tokens,
@@ -19,6 +20,7 @@ from seq2expr.model.colour import (
     texture,
     texture_statistics,
 )
+from seq2expr.model.encoders import build_encoder, resolve_encoder
 
 
 def patches(rows=3, px=32, seed=0):
@@ -148,6 +150,61 @@ def test_blobs_count_dark_nuclei():
 def test_small_patches_have_no_texture():
     with pytest.raises(UserError, match=r"16 x 16 px are too small for texture.*32 px"):
         texture(patches(px=16))
+
+
+def test_cells_are_cut_row_by_row():
+    patch = torch.arange(2 * 4 * 6 * 3, dtype=torch.float32).view(2, 4, 6, 3)
+    found = cells(patch, 2)
+    assert found.shape == (8, 2, 3, 3)
+    for number, cell in enumerate(found):
+        row, (down, right) = number // 4, divmod(number % 4, 2)
+        want = patch[row, 2 * down : 2 * down + 2, 3 * right : 3 * right + 3]
+        assert torch.equal(cell, want)
+    assert torch.equal(cells(patch, 1), patch)
+
+
+@pytest.mark.parametrize(
+    ("setting", "statistic"),
+    [
+        ({"kind": "texture"}, texture),
+        ({"kind": "colour"}, colour15),
+        ({"kind": "colour", "what": "mean_od"}, mean_od),
+    ],
+)
+def test_a_grid_describes_each_cell(setting, statistic):
+    patch = patches(2, px=96)
+    encoder = build_encoder(resolve_encoder({**setting, "grid": 3}))
+    found = encoder(patch)
+    assert found.shape == (2, *encoder.layout)
+    assert encoder.layout.tokens == 9
+    for down in range(3):
+        for right in range(3):
+            cell = patch[:, 32 * down : 32 * down + 32, 32 * right : 32 * right + 32]
+            close = {"rtol": 1e-4, "atol": 1e-5}  # sums of other sizes are ordered differently
+            torch.testing.assert_close(found[:, 3 * down + right], statistic(cell), **close)
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity"), [("texture", "b43d59a409dfa05e"), ("colour", "42b1ce25cf84d9c4")]
+)
+def test_one_cell_is_known_as_before_there_were_grids(kind, identity):
+    resolved = resolve_encoder(kind)
+    assert resolved["identity"] == identity
+    assert resolve_encoder({"kind": kind, "grid": 1}) == resolved
+    assert resolve_encoder({"kind": kind, "grid": 2})["identity"] != identity
+    statistic = {"texture": texture, "colour": colour15}[kind]
+    found = build_encoder(resolved)(patches())
+    assert torch.equal(found, statistic(patches()).unsqueeze(1))
+
+
+def test_grids_that_do_not_fit():
+    with pytest.raises(UserError, match=r"grid is 0; it has to be a whole number from 1"):
+        resolve_encoder({"kind": "texture", "grid": 0})
+    encoder = build_encoder(resolve_encoder({"kind": "texture", "grid": 3}))
+    with pytest.raises(UserError, match=r"64 x 64 px cannot be cut into 3 x 3 cells"):
+        encoder(patches(px=64))
+    with pytest.raises(UserError, match=r"cells of 16 x 16 px are too small.*lower the encoder"):
+        encoder(patches(px=48))
 
 
 @pytest.mark.parametrize(

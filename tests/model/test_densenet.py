@@ -110,6 +110,13 @@ def test_published_files_load(random_one, tmp_path, name):
         build_encoder(resolved)
 
 
+def test_files_of_old_versions_of_torch(random_one, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(as_published(random_one), path, _use_new_zipfile_serialization=False)
+    encoder = build_encoder(resolve_encoder(setting(weights=str(path))))
+    torch.testing.assert_close(encoder(patches()), random_one(patches()), rtol=0, atol=0)
+
+
 def test_a_directory_of_weights(random_one, tmp_path):
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         resolve_encoder(setting(weights=str(tmp_path)))
