@@ -119,7 +119,7 @@ def predict(run: str | os.PathLike, **request: Any) -> Any:
     if "slide" in given or "data" in given:
         from seq2expr.spots.predict import predict_spots
 
-        _check_apart(given, DNA_INPUTS, "a slide")
+        _check_apart(given, [name for name in DNA_INPUTS if name != "text"], "a slide")
         return predict_spots(run, **given)
     from seq2expr.learn.predict import predict
 

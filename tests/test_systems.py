@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from seq2expr.errors import UserError
-from seq2expr.model.batch import Batch, Prediction
+from seq2expr.model.batch import Batch, Prediction, taken
 from seq2expr.model.heads import ExpressionHead
 from seq2expr.model.system import Ensemble, System, check_settings, system_class
 from seq2expr.registry import BACKBONES, SYSTEMS
@@ -61,11 +61,19 @@ VARIANTS = {
         {"gene_encoder": "pca", "answer": "ridge", "encoder": "texture"},
         {"encoder": "vit", "head_gradient": True},
     ],
+    "triplex": [
+        {"distil": 0.3},
+        {"use_slide": False, "scale_targets": False},
+        {"use_window": False, "context_encoder": {"kind": "colour", "what": "colour15"}},
+        {"use_window": False, "use_slide": False, "encoder": "vit"},
+    ],
 }
-IMAGE = ("nsl", "mclstexp", "hescape")
+IMAGE = ("nsl", "mclstexp", "hescape", "triplex")
+SCALES = ("triplex",)
+"""Those around the trunk of TRIPLEX."""
 CASES = [{"name": name, **settings} for name in VARIANTS for settings in VARIANTS[name]]
 ANSWERS = ("mean", "importance", "attention", "profile", "other")
-ONLY_TOY = ("name", "language", "encoder")
+ONLY_TOY = ("name", "language", "encoder", "context_encoder")
 """Keys of a case that are no settings of its system."""
 SLOW = [case for case in CASES if case.get("backbone") == "bimamba" and "pack" not in case]
 WRONG = {
@@ -74,6 +82,7 @@ WRONG = {
     "nsl": ({"layout": "v3"}, "model.layout is 'v3'; it can be v1, v2"),
     "mclstexp": ({"mode": "new"}, "model.mode is 'new'; it can be fixed, faithful"),
     "hescape": ({"loss": "cnn"}, "model.loss is 'cnn'; it can be clip, siglip"),
+    "triplex": ({"distil": 2}, "model.distil is 2; it must be from 0 to 1"),
 }
 NOT_SETTINGS = {
     "seq2exp": ("witdh", "target_mean", "hidden_size"),
@@ -81,6 +90,7 @@ NOT_SETTINGS = {
     "nsl": ("grids", "target_mean", "token_mean"),
     "mclstexp": ("modus", "expression_mean", "n_keys"),
     "hescape": ("los", "panel", "n_keys"),
+    "triplex": ("windows", "context_mean", "token_sd"),
 }
 
 
@@ -106,6 +116,9 @@ def reads(case) -> tuple[str, ...]:
     """Fields of a batch that a system needs."""
     if case["name"] == "seq2exp":
         return ("codes", "signal", "features")
+    if case["name"] in SCALES:
+        parts = {"window_tokens": "use_window", "slide_tokens": "use_slide"}
+        return ("patch", *(name for name, part in parts.items() if case.get(part, True)))
     if case["name"] in IMAGE:
         return ("patch",)
     window = ("codes", "signal") if case.get("bins", True) else ()
@@ -131,13 +144,7 @@ def batch_for(system: System, rows: int = 4, seed: int = 0) -> Batch:
 
 def chosen(batch: Batch, rows: list[int]) -> Batch:
     """Some rows of a batch, in this order."""
-    whole = ("signal_scale", "profile_scale")
-    fields = {
-        name: [value[i] for i in rows] if name == "ids" else value[rows]
-        for name, value in batch.items()
-        if name not in whole
-    }
-    return Batch(**fields, **{name: batch[name] for name in whole if name in batch})
+    return Batch(**taken(batch, rows))
 
 
 def answers(system, batch: Batch) -> Prediction:
@@ -327,7 +334,7 @@ def test_missing_inputs_name_the_flag_that_supplies_them(case):
         "signal": "--track h3k27ac=BIGWIG --track dnase=BIGWIG",
         "features": "--features",
         "text": "--text TABLE",
-        "patch": "--slide IMAGE",
+        **dict.fromkeys(("patch", "window_tokens", "slide_tokens"), "--slide IMAGE"),
     }
     for name in system.needs:
         lacking = {key: value for key, value in batch.items() if key != name}
@@ -352,13 +359,13 @@ def test_checkpoint_round_trip(case, tmp_path):
 def test_what_follows_the_weights_is_kept(case, tmp_path):
     system = toy_system(**case)
     parts = {
-        "train": [toy_spots(6, seed=1), toy_spots(5, seed=2)],
-        "valid": [toy_spots(4, seed=3)],
+        "train": [toy_spots(6, seed=1, system=system), toy_spots(5, seed=2, system=system)],
+        "valid": [toy_spots(4, seed=3, system=system)],
     }
     system.prepare(lambda part: iter(parts[part]))
     for _ in range(2):  # whatever was there before
         system.settle(lambda part: iter(parts[part]))
-    batch = toy_spots(5, seed=4)
+    batch = toy_spots(5, seed=4, system=system)
     settled = answers(system, batch)
     assert settled.mean.isfinite().all()
     blind = {key: value for key, value in batch.items() if key != "expression"}

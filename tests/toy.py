@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from seq2expr.model.batch import Batch
 from seq2expr.model.spot_system import SpotSystem
-from seq2expr.model.system import System, system_class
+from seq2expr.model.system import Ensemble, System, system_class
 from tests.llms import VOCABULARY, tiny_config, write_llm, write_tokenizer
 
 WIDTH = 256
@@ -34,11 +35,23 @@ BACKBONE_SETTINGS = {
 PX = 32
 """Side of a toy patch."""
 
+SLIDE_SPOTS = 12
+"""Spots of a toy slide."""
+
 _PAIR = {"head": {"hidden": 16, "depth": 1}, "encoder": {"kind": "cnn", "px": PX}}
+_PART = {"depth": 1, "heads": 2, "mlp_ratio": 1, "dropout": 0.0}
+_TRUNK = {"width": 8, "fusion": _PART, "slide": _PART | {"depth": 2}, "window": _PART}
+_SCALES = {
+    **_TRUNK,
+    "encoder": {"kind": "cnn", "px": PX, "pool": "tokens"},
+    "context_encoder": "colour",
+    "head": _PAIR["head"],
+}
 SMALL_SPOTS = {
     "nsl": {"encoder": {"kind": "od", "grid": 4}, "restarts": 2},
     "mclstexp": {**_PAIR, "depth": 1, "heads": 2, "head_dim": 4, "embedding": 8, "neighbours": 3},
     "hescape": {**_PAIR, "embedding": 8, "components": 2, "neighbours": 3},
+    "triplex": _SCALES,
 }
 """Settings of toy image systems."""
 
@@ -82,13 +95,18 @@ def toy_batch(rows: int = 4, *, width: int = WIDTH, bin_bp: int = 1, seed: int =
     )
 
 
-def toy_spots(rows: int = 4, *, seed: int = 0) -> Batch:
-    """Random patches of two slides, one colour to each and noise on it, with their expression."""
+def toy_spots(
+    rows: int = 4, *, seed: int = 0, system: SpotSystem | Ensemble | None = None
+) -> Batch:
+    """Random patches of two slides, one colour to each and noise on it, with their expression.
+
+    Of a ``system``, all that it reads: what the slides hold is the same for every seed.
+    """
     random = torch.Generator().manual_seed(seed)
     colour = torch.randint(60, 240, (rows, 1, 1, 3), generator=random)
     noise = torch.randint(-40, 15, (rows, PX, PX, 3), generator=random)
     number = torch.arange(rows)
-    return Batch(
+    batch = Batch(
         ids=[f"slide{row % 2}/{row}x{row}" for row in range(rows)],
         patch=(colour + noise).to(torch.uint8),
         expression=torch.rand(rows, len(TARGETS), generator=random) * 3,
@@ -99,12 +117,47 @@ def toy_spots(rows: int = 4, *, seed: int = 0) -> Batch:
         target=torch.randn(rows, len(TARGETS), generator=random),
         target_mask=torch.ones(rows, len(TARGETS), dtype=torch.bool),
     )
+    if system is not None:
+        for name, values in _surroundings(system, number, random).items():
+            batch[name] = values
+    return batch
+
+
+def _surroundings(
+    system: SpotSystem | Ensemble, number: Tensor, random: torch.Generator
+) -> dict[str, Tensor]:
+    """Fields beside the patch that a system reads of spots with these numbers."""
+    config, rows, fields = system.config.sight, len(number), {}
+    if "window_tokens" in config.reads:
+        width = config.context_encoder["layout"]["width"]
+        valid = torch.rand(rows, 25, generator=random) < 0.8
+        valid[:, 12] = True
+        tokens = torch.randn(rows, 25, width, generator=random)
+        fields |= {"window_tokens": tokens * valid.unsqueeze(2), "window_mask": valid}
+    if "slide_tokens" in config.reads:
+        width = config.context_encoder["layout"]["width"]
+        place = torch.arange(2 * SLIDE_SPOTS) % SLIDE_SPOTS
+        shared = torch.Generator().manual_seed(7)
+        fields |= {
+            "slide_tokens": torch.randn(2 * SLIDE_SPOTS, width, generator=shared),
+            "slide_grid": torch.stack([place % 4, place // 4], dim=1),
+            "slide_offsets": torch.tensor([0, SLIDE_SPOTS, 2 * SLIDE_SPOTS]),
+            "slide_row": number % 2 * SLIDE_SPOTS + number // 2,
+        }
+    if "boundary" in config.reads:
+        for name, px in (("boundary", PX), ("window_boundary", 5 * PX)):
+            shape = (rows, px, px, 3)
+            fields[name] = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+    if others := getattr(system.config, "auxiliary", None):
+        fields["auxiliary"] = torch.randn(rows, len(others), generator=random)
+    return fields
 
 
 def toy_batch_for(system: System, rows: int = 4, *, seed: int = 0) -> Batch:
-    """What a system reads: windows, or patches."""
-    make = toy_spots if isinstance(system, SpotSystem) else toy_batch
-    return make(rows, seed=seed)
+    """What a system reads: windows of DNA, or patches."""
+    if isinstance(system, SpotSystem):
+        return toy_spots(rows, seed=seed, system=system)
+    return toy_batch(rows, seed=seed)
 
 
 def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> System:
@@ -125,7 +178,7 @@ def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> Syst
     torch.manual_seed(seed)
     made = system(system.config_class(**(fitted | changes))).eval()
     if isinstance(made, SpotSystem):  # as training does before its first step
-        made.prepare(lambda _: [toy_spots(8, seed=99)])
+        made.prepare(lambda _: [toy_spots(8, seed=99, system=made)])
     return made
 
 

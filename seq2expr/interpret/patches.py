@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seq2expr.errors import UserError
 from seq2expr.image.slides import Slide
 from seq2expr.image.tissue import otsu, tissue_mask
-from seq2expr.model.batch import Batch, fields_on
+from seq2expr.model.batch import Batch, fields_on, taken
 from seq2expr.model.colour import stains
 from seq2expr.schema import Strict
 
@@ -82,6 +82,8 @@ class PatchMaps(NamedTuple):
 class PatchProbe:
     """Ask a model about the patches of some spots, and about changed copies of them.
 
+    What else it reads of the slide, tiles, other spots, maps of nuclei, stays as observed.
+
     Parameters
     ----------
     model
@@ -119,11 +121,7 @@ class PatchProbe:
 
     def predict(self, patches: Tensor, rows: Tensor) -> Tensor:
         """Predict copies [B, H, W, 3] of the patches ``rows`` [B]: all targets [B, all]."""
-        fields = {
-            name: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-            for name, value in self.fields.items()
-        }
-        return self.model(patch=patches, **fields).mean
+        return self.model(patch=patches, **taken(self.fields, rows)).mean
 
     def answers(self, patches: Tensor, rows: Tensor | None = None) -> Tensor:
         """Predict the explained genes of copies [B, G], in batches, without gradients."""

@@ -4,6 +4,7 @@ Axes: B rows, L bases, S signal channels, K profile channels, F features, G targ
 P positions or tokens.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,25 @@ class Batch(ModelOutput):
     grid_xy: torch.Tensor | None = None
     target: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
+
+
+SHARED = (
+    *("signal_scale", "profile_scale"),
+    *("slide_tokens", "slide_grid", "slide_offsets", "gene_text"),
+)
+"""Fields of a batch that its rows share."""
+
+
+def taken(fields: Mapping[str, Any], rows: Sequence[int] | torch.Tensor) -> dict[str, Any]:
+    """Return the fields of a batch for some of its rows, in their order, repeated or not."""
+    return {
+        name: value
+        if name in SHARED
+        else value[rows]
+        if isinstance(value, torch.Tensor)
+        else [value[int(row)] for row in rows]
+        for name, value in fields.items()
+    }
 
 
 def fields_on(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class SpotConfig(SystemConfig):
         The data path opens what is named here: for ``window_tokens`` and ``slide_tokens`` the
         configuration also has ``context_encoder`` (resolved) and ``tile_px``, for ``boundary``
         and ``window_boundary`` it has ``boundary_extractor``, ``boundary_mpp``,
-        ``boundary_shuffle`` and ``allow_coarse``.
+        ``boundary_window_mpp``, ``boundary_shuffle`` and ``allow_coarse``.
         """
         return ("patch",)
 

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seq2expr.image.boundary_store import fit_boundary
 from seq2expr.model.spot_system import SpotConfig
 from seq2expr.spots.reading import SpotReader
+from seq2expr.spots.texts import facts
 
 if TYPE_CHECKING:
     from seq2expr.spots.train import SpotMaterial
@@ -25,6 +27,10 @@ def fit_scalers(material: "SpotMaterial", geometry: SpotConfig) -> dict[str, Any
         fitted |= _named("token", _moments(b.spot_tokens.numpy() for b in reader.batches(rows)))
     if inputs[0].windows is not None or inputs[0].whole is not None:
         fitted |= _named("context", _moments(_context_tokens(reader, rows)))
+    if inputs[0].boundary is not None:
+        spots = data.table.iloc[rows].groupby("slide", sort=False)["row"]
+        stores = [reader.inputs[name].boundary for name, _ in spots]
+        fitted["boundary_scale"] = fit_boundary(stores, [own.to_numpy() for _, own in spots])
     return _known(fitted, geometry)
 
 
@@ -44,7 +50,7 @@ def fit_targets(material: "SpotMaterial", geometry: SpotConfig) -> dict[str, Any
         fitted |= _named("auxiliary", (mean, sd))
     if material.bank is not None:
         fitted["gene_vectors"] = material.bank.vectors.tolist()
-        fitted["gene_bank"] = material.bank.facts
+        fitted["gene_bank"] = facts(material.bank)
     return _known(fitted, geometry)
 
 

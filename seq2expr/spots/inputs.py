@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
+from seq2expr.image.boundary_store import BoundarySpec, BoundaryStore, open_boundary
 from seq2expr.image.patches import PatchSpec, PatchStore, open_patches
 from seq2expr.image.tiles import TileStore, open_tiles, tile_order
 from seq2expr.learn.feature_store import FeatureStore, open_features
@@ -89,7 +90,7 @@ class SlideInputs:
     features: FeatureStore | None
     windows: Windows | None = None
     whole: FeatureStore | None = None
-    boundary: object | None = None
+    boundary: BoundaryStore | None = None
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -169,7 +170,22 @@ class _Context:
         if "slide_tokens" in reads:
             patches = open_patches(slide.image, slide.xy, spec=self._tile, **self._on(slide))
             found["whole"] = open_features(self.encoder, patches)
+        if "boundary" in reads:
+            found["boundary"] = self._boundary(slide)
         return found
+
+    def _boundary(self, slide: SpotSlide) -> BoundaryStore:
+        sight = self.sight
+        return open_boundary(
+            slide.image,
+            slide.xy,
+            spec=BoundarySpec(sight.patch_um, sight.boundary_mpp, sight.boundary_window_mpp),
+            window=WINDOW,
+            extractor=sight.boundary_extractor,
+            shuffled=sight.boundary_shuffle,
+            allow_coarse=sight.allow_coarse,
+            **self._on(slide),
+        )
 
     @property
     def _tile(self) -> PatchSpec:

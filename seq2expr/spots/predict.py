@@ -23,6 +23,7 @@ from seq2expr.spots.inputs import keeps_features, open_inputs
 from seq2expr.spots.reading import SpotReader
 from seq2expr.spots.request import open_request
 from seq2expr.store import digest, file_digest, publish
+from seq2expr.text.bank import GeneBank
 
 if TYPE_CHECKING:  # anndata takes a second to import
     from anndata import AnnData
@@ -71,20 +72,34 @@ class SpotPredictor:
         The sections, in order.
     reader
         Of all their spots.
+    new
+        Genes that were not trained, which are answered by their texts.
     """
 
     model: SpotSystem | Ensemble
     slides: Sequence[SpotSlide]
     reader: SpotReader
+    new: GeneBank | None = None
+
+    @property
+    def genes(self) -> list[str]:
+        """The genes that are answered, G: those of the run, then the new ones."""
+        return [*self.model.config.targets, *(self.new.genes if self.new else ())]
 
     def answers(self, rows: np.ndarray) -> Iterator[Prediction]:
         """Yield the answers for some rows, a batch at a time, on the CPU."""
         device = next(iter(self.model.state_dict().values())).device
+        vectors = None if self.new is None else torch.from_numpy(self.new.vectors).to(device)
         for batch in self.reader.batches(rows):
+            fields = fields_on(batch, device)
             with torch.inference_mode():
-                answer = self.model(**fields_on(batch, device))
+                answer = self.model(**fields)
+                mean = answer.mean.float()
+                if vectors is not None:
+                    further = self.model(**fields, gene_text=vectors).mean.float()
+                    mean = torch.cat([mean, further], dim=1)
             other = {name: value.float().cpu() for name, value in (answer.other or {}).items()}
-            yield Prediction(mean=answer.mean.float().cpu(), other=other or None)
+            yield Prediction(mean=mean.cpu(), other=other or None)
 
     def predict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return every answer for some rows, float32 [rows, G], ``predicted`` first."""
@@ -97,7 +112,11 @@ class SpotPredictor:
 
 
 def open_predictor(
-    model: SpotSystem | Ensemble, slides: Sequence[SpotSlide], *, verify: bool = False
+    model: SpotSystem | Ensemble,
+    slides: Sequence[SpotSlide],
+    *,
+    new: GeneBank | None = None,
+    verify: bool = False,
 ) -> SpotPredictor:
     """Open the slides for a loaded model, which is moved to the GPU where there is one."""
     if torch.cuda.is_available():
@@ -116,7 +135,7 @@ def open_predictor(
         slides=np.repeat(np.arange(len(slides)), counts),
         rows=np.concatenate([np.arange(count) for count in counts]),
     )
-    return SpotPredictor(model, slides, reader)
+    return SpotPredictor(model, slides, reader, new)
 
 
 def predict_spots(
@@ -131,6 +150,7 @@ def predict_spots(
     data: str | os.PathLike | None = None,
     root: str | os.PathLike = ".",
     genes: str | Sequence[str] = "all",
+    text: Sequence[str | os.PathLike] = (),
     adapter: str | os.PathLike | None = None,
     all_spots: bool = False,
     out: str | os.PathLike | None = None,
@@ -158,6 +178,10 @@ def predict_spots(
         Instead of a slide: a data file of slides, and what its paths are relative to.
     genes
         Genes of the panel to keep: ``all``, names, a comma list, or a file.
+    text
+        Tables with the texts of further genes among ``genes``, which a run that reads texts then
+        answers. Their answers are in standard deviations from their mean, for neither is known
+        (``var["trained"]`` is False).
     adapter
         Directory of an adapter on the run.
     all_spots
@@ -185,12 +209,15 @@ def predict_spots(
         data=data,
         root=root,
         genes=genes,
+        text=text,
         all_spots=all_spots,
     )
-    predictor = open_predictor(request.model, request.slides, verify=verify)
+    predictor = open_predictor(request.model, request.slides, new=request.new, verify=verify)
+    genes = [*request.genes, *(request.new.genes if request.new else ())]
     made_by = find_run(run if adapter is None else adapter)
-    identity = _identity(made_by, request.slides, request.genes)
-    adata = _predicted(predictor, request.genes, target, identity, request.skipped)
+    asked = genes if request.new is None else [*genes, request.new.hash]
+    identity = _identity(made_by, request.slides, asked)
+    adata = _predicted(predictor, genes, target, identity, request.skipped)
     return SpotPredictions(adata, len(predictor.reader.ids), request.skipped)
 
 
@@ -221,11 +248,13 @@ def all_answers(
 ) -> pd.DataFrame:
     """Predict some rows: a table with ``id`` and a column for each answer and gene."""
     where = np.arange(len(predictor.reader.ids))[rows]
-    columns = pd.Index(predictor.model.config.targets).get_indexer(genes)
-    tables = [
-        pd.DataFrame(values[:, columns], columns=[f"{name}\t{gene}" for gene in genes])
-        for name, values in predictor.predict(where).items()
-    ]
+    columns = pd.Index(predictor.genes).get_indexer(genes)
+    tables = []
+    for name, values in predictor.predict(where).items():
+        # Only the first answer is given for genes that were not trained.
+        blank = np.full((len(values), len(predictor.genes) - values.shape[1]), np.nan, np.float32)
+        values = np.concatenate([values, blank], axis=1)[:, columns]
+        tables.append(pd.DataFrame(values, columns=[f"{name}\t{gene}" for gene in genes]))
     ids = pd.Series([predictor.reader.ids[row] for row in where], name="id")
     return pd.concat([ids, *tables], axis=1)
 
@@ -244,6 +273,8 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
         layers[name] = table[wanted].to_numpy(np.float32)
     config = predictor.model.config
     adata = AnnData(layers[PREDICTED], obs=obs, var=pd.DataFrame(index=pd.Index(genes)))
+    if predictor.new is not None:
+        adata.var["trained"] = adata.var_names.isin(config.targets)
     adata.layers.update(layers)
     adata.obsm["spatial"] = np.concatenate([slide.xy for slide in slides])
     adata.uns["spatial"] = {s.name: s.adata.uns["spatial"][s.name] for s in slides}

@@ -102,7 +102,8 @@ class SpotReader:
             if source.windows is not None:
                 fields["window_tokens"], fields["window_mask"] = source.windows.read(rows, turn)
             if source.boundary is not None:
-                fields["boundary"], fields["window_boundary"] = source.boundary.read(rows, turn)
+                fields["boundary"] = source.boundary.read_spots(rows, turn)
+                fields["window_boundary"] = source.boundary.read_windows(rows, turn)
             parts.append((where, fields))
         shared = set.intersection(*(set(fields) for _, fields in parts))
         order = np.argsort(np.concatenate([where for where, _ in parts]))

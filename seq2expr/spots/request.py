@@ -11,10 +11,12 @@ from seq2expr.errors import UserError
 from seq2expr.image.patches import inside_image
 from seq2expr.image.slides import open_slide
 from seq2expr.image.tissue import lay_grid, tissue_mask
-from seq2expr.learn.runs import load_run
+from seq2expr.learn.runs import find_run, load_run
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
 from seq2expr.spots.data import SpotSlide, check_name, open_slide_spots, read_spot_data
+from seq2expr.spots.texts import new_genes
+from seq2expr.text.bank import GeneBank
 
 _NOT_ASKED = (None, None, None, None, None, False)
 
@@ -30,6 +32,8 @@ class SpotRequest(NamedTuple):
         The slides, with the spots that lie in the picture.
     genes
         Genes of the panel, in its order.
+    new
+        Genes that were not trained, with their texts; None where none is asked for.
     skipped
         ``name`` and ``reason`` of what was asked for and is not there.
     """
@@ -38,6 +42,7 @@ class SpotRequest(NamedTuple):
     slides: list[SpotSlide]
     genes: list[str]
     skipped: pd.DataFrame
+    new: GeneBank | None = None
 
 
 def open_request(
@@ -53,6 +58,7 @@ def open_request(
     data: str | os.PathLike | None = None,
     root: str | os.PathLike = ".",
     genes: str | Sequence[str] | int = "all",
+    text: Sequence[str | os.PathLike] = (),
     all_spots: bool = False,
 ) -> SpotRequest:
     """Load a run, open slides and find genes.
@@ -91,10 +97,23 @@ def open_request(
         )
         slides = [one]
     targets = model.config.targets
-    kept, skipped = _choose(targets[:genes] if isinstance(genes, int) else genes, targets)
+    kept, missing = _choose(targets[:genes] if isinstance(genes, int) else genes, targets)
+    new, skipped = None, [(gene, "not in the panel of the run") for gene in missing]
+    if missing and text:
+        new = new_genes(find_run(run), missing, [Path(table) for table in text], slides)
+        skipped = [(gene, "no text in the tables") for gene in new.missing]
+        known = [gene for gene in missing if gene not in set(new.missing)]
+        new = new.embed(known) if known else None
+    if not kept and new is None:
+        raise UserError(
+            f"None of the {len(missing)} genes, first {missing[0] if missing else ''!r}, "
+            f"{'has a text' if text else 'is in the panel of the run'}; the panel has genes such "
+            f"as {targets[0]!r}. See its panel.json."
+        )
     for one in slides:
         skipped += [(f"{one.name}/{spot}", "outside the image") for spot in one.outside]
-    return SpotRequest(model, slides, kept, pd.DataFrame(skipped, columns=["name", "reason"]))
+    skipped = pd.DataFrame(skipped, columns=["name", "reason"])
+    return SpotRequest(model, slides, kept, skipped, new)
 
 
 def asked_slide(
@@ -145,9 +164,7 @@ def _slides_of(data: str | os.PathLike, root: Path) -> list[SpotSlide]:
     return [open_slide_spots(name, spec, root) for name, spec in config.slides.items()]
 
 
-def _choose(
-    genes: str | Sequence[str], panel: Sequence[str]
-) -> tuple[list[str], list[tuple[str, str]]]:
+def _choose(genes: str | Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the wanted genes in the order of the panel, and those that are not in it."""
     if genes == "all":
         return list(panel), []
@@ -157,11 +174,5 @@ def _choose(
         genes = [line.split("\t")[0].strip() for line in lines]
     wanted = [gene for gene in dict.fromkeys(genes) if gene]
     known = set(panel)
-    missing = [(gene, "not in the panel of the run") for gene in wanted if gene not in known]
-    kept = [gene for gene in panel if gene in set(wanted)]
-    if not kept:
-        raise UserError(
-            f"None of the {len(wanted)} genes, first {wanted[0] if wanted else ''!r}, is in the "
-            f"panel of the run, which has genes such as {panel[0]!r}. See its panel.json."
-        )
-    return kept, missing
+    missing = [gene for gene in wanted if gene not in known]
+    return [gene for gene in panel if gene in set(wanted)], missing

@@ -31,7 +31,9 @@ from seq2expr.spots.data import SpotData, open_spots
 from seq2expr.spots.fit import fit_scalers, scaling
 from seq2expr.spots.inputs import WINDOW, SlideInputs, keeps_features, open_inputs
 from seq2expr.spots.reading import SpotCollator, SpotReader, index_table
+from seq2expr.spots.texts import FOLDER, open_bank
 from seq2expr.store import write_text
+from seq2expr.text.bank import GeneBank
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class SpotMaterial:
     reader: SpotReader
     leaks: tuple[str, ...]
     others: Panel | None = None
-    bank: object | None = None
+    bank: GeneBank | None = None
 
     def score(self, evaluation: transformers.EvalPrediction) -> dict[str, float]:
         """Return error (in standard deviations of training) and correlation, mean over genes."""
@@ -169,12 +171,15 @@ class SpotMaterial:
         self._show(model, member, "settle")
 
     def write(self, out: Path) -> None:
-        """Write the panel."""
+        """Write the panel, and the texts of its genes."""
         write_text(out / "panel.json", json.dumps(self.panel.to_dict(), indent=1) + "\n")
+        if self.bank is not None:
+            (out / FOLDER).mkdir(exist_ok=True)
+            self.bank.save(out / FOLDER)
 
     def sources(self, root: Path) -> dict[str, Path]:
         """Return pictures, counts and positions of every slide."""
-        found = {}
+        found = {f"text {path}": root / path for path in self.config.data.text}
         for name, spec in self.config.data.slides.items():
             found[f"{name} image"] = self.data.slides[name].image
             for role in ("counts", "spots", "h5ad"):
@@ -239,7 +244,7 @@ def open_material(
         _reader(data, inputs, panel, others, geometry, system),
         leaks,
         others,
-        None,
+        open_bank(sight, panel, [root / table for table in config.data.text], data.slides),
     )
 
 
