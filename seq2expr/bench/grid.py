@@ -182,7 +182,9 @@ class _Layout:
                 root=self.root,
                 config=config,
                 genes=genes.of(fold),
-                stamp=self.stamp(config, files, spec.model_dump(mode="json")),
+                stamp=self.stamp(
+                    config, files, spec.model_dump(mode="json", exclude_defaults=True)
+                ),
                 controls=spec,
             )
         return jobs
@@ -203,7 +205,7 @@ class _Layout:
 
     def stamp(self, config: RunConfig, files: Mapping[str, Path], more: Any) -> dict[str, str]:
         """Hash what a table follows from, whatever folder all of it lies in."""
-        parts = [config.model_dump(mode="json"), more]
+        parts = [config.model_dump(mode="json", exclude_defaults=True), more]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         hashes = {role: _digest_of(path) for role, path in files.items()}
         return {

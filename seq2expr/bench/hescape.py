@@ -239,7 +239,10 @@ class _Jobs:
     def pair(self, row: Row, fold: Fold, seed: int, look: Look) -> PairJob:
         """Return the job that trains a pair."""
         config = self.spec.run_config(row, fold, seed)
-        made = {"configuration": config.model_dump(mode="json"), "encoder": look.same}
+        made = {
+            "configuration": config.model_dump(mode="json", exclude_defaults=True),
+            "encoder": look.same,
+        }
         return PairJob(
             name=f"{row.name}/fold{fold.number}_seed{seed}",
             folder=self.folder,
@@ -253,7 +256,10 @@ class _Jobs:
     ) -> MeasureJob:
         """Return the job that measures a pair, or an encoder as it came."""
         made: dict[str, Any] = {"measuring": self.spec.measuring.model_dump()}
-        made |= {"data": fold.data.model_dump(mode="json"), "encoder": look.same}
+        made |= {
+            "data": fold.data.model_dump(mode="json", exclude_defaults=True),
+            "encoder": look.same,
+        }
         stamp = self.stamp(made, fold)
         ending = f"{name}/fold{fold.number}"
         if pair is not None:

@@ -19,7 +19,6 @@ from seq2expr.bench.spot_protocol import Fold, SpotProtocol, controls_of, folds_
 from seq2expr.image.panels import Panel
 from seq2expr.model.encoders import build_encoder
 from seq2expr.model.spot_system import SpotConfig
-from seq2expr.model.system import check_settings
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.data import SpotData, SpotSlide, open_spots
 from seq2expr.spots.inputs import open_inputs
@@ -171,12 +170,11 @@ class _Layout:
         """Return what a row makes of a patch."""
         config = self.protocol.run_config(row, fold.data, {}, 0)
         kind = spot_system(config.system).config_class
-        check_settings(kind, config.model)
-        geometry: SpotConfig = kind(**config.model)
+        sight: SpotConfig = kind(**config.model).sight
         return Look(
-            encoder=geometry.encoder,
-            patch_um=geometry.patch_um,
-            patch_px=geometry.patch_px,
+            encoder=sight.encoder,
+            patch_um=sight.patch_um,
+            patch_px=sight.patch_px,
             turned=config.train.dihedral,
         )
 
@@ -197,7 +195,9 @@ class _Layout:
         config = self.protocol.run_config(row, fold.data, runs, seed)
         used = {slide: inputs[slide] for slide in fold.data.slides}
         encoder = None if look is None else look.encoder["identity"]
-        stamp = self.stamp(config.model_dump(mode="json"), used | {"encoder": encoder})
+        stamp = self.stamp(
+            config.model_dump(mode="json", exclude_defaults=True), used | {"encoder": encoder}
+        )
         if needs:
             named = {need.name: need.stamp for need in needs}
             stamp["needs"] = digest(json.dumps(named, sort_keys=True))
@@ -222,7 +222,7 @@ class _Layout:
         used = {slide: inputs[slide] for slide in fold.data.slides}
         looks = {label: look.same for label, look in encoders.items()}
         spec = [colours.patch_um, colours.patch_px]
-        made = [fold.data.model_dump(mode="json"), names, looks, spec]
+        made = [fold.data.model_dump(mode="json", exclude_defaults=True), names, looks, spec]
         return ControlsJob(
             name=controls_of(fold),
             folder=self.folder,

@@ -13,10 +13,12 @@ import pydantic
 from seq2expr.bench.protocol import CONTROL_FOLDER, NAME, Comparison, RowSpec
 from seq2expr.config import RunConfig, load_run_config
 from seq2expr.errors import UserError
+from seq2expr.model.system import check_settings
 from seq2expr.schema import SlideSpec, SpotDataConfig, SpotSplit, Strict
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.data import read_spot_data
 from seq2expr.spots.metrics import METRICS, PANEL, PCC
+from seq2expr.spots.train import spot_system
 
 SUBSETS = (PANEL, "HEG50", "HVG50")
 """Genes that a table is given for: the panel of a fold, and its lists."""
@@ -151,7 +153,12 @@ class SpotProtocol(Comparison):
         config = load_run_config(source, overrides=[*overrides, f"data={json.dumps(tree)}"])
         # Members have consecutive seeds, so those of two seeds never meet.
         train = config.train.model_copy(update={"seed": seed * config.train.members})
-        return config.model_copy(update={"train": train})
+        # Texts that a row does not read are no part of what it is.
+        kind = spot_system(config.system).config_class
+        check_settings(kind, config.model)
+        text = config.data.text if kind(**config.model).sight.reads_text else []
+        data = config.data.model_copy(update={"text": text})
+        return config.model_copy(update={"train": train, "data": data})
 
     def _problems_of(self, block: str) -> Iterator[str]:
         if not NAME.fullmatch(block):

@@ -92,6 +92,11 @@ class SlideInputs:
     whole: FeatureStore | None = None
     boundary: BoundaryStore | None = None
 
+    @property
+    def coarse(self) -> bool:
+        """Whether its maps were drawn of a picture too coarse to show nuclei."""
+        return self.boundary is not None and self.boundary.coarse
+
     @cached_property
     def tokens(self) -> np.ndarray:
         """A token of every spot of the slide, float32 [N, D]."""

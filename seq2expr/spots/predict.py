@@ -287,6 +287,9 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
         "patch_px": config.patch_px,
         "mpp": {slide.name: slide.mpp for slide in slides},
     }
+    # Pictures in which boundaries were looked for and nuclei cannot be seen.
+    if coarse := [name for name, source in predictor.reader.inputs.items() if source.coarse]:
+        adata.uns["seq2expr"]["coarse"] = coarse
     return adata
 
 

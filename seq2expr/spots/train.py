@@ -188,7 +188,7 @@ class SpotMaterial:
         return found
 
     def notes(self) -> dict[str, Any]:
-        """Return spots by part, what was left out, and what the labels are."""
+        """Return spots by part, what was left out, what the labels are, and what is coarse."""
         by_part = self.data.table["part"].value_counts().items()
         spots = {
             "by_part": {str(part): int(count) for part, count in by_part},
@@ -196,6 +196,8 @@ class SpotMaterial:
             "label": self.data.label,
             "panel": {"rule": self.panel.rule, "hash": self.panel.hash, "note": self.panel.note},
         }
+        if coarse := [name for name, source in self.reader.inputs.items() if source.coarse]:
+            spots["coarse"] = coarse
         return {"spots": spots, "leaky": bool(self.leaks), "leaks": list(self.leaks)}
 
     def _parts(self, member: int) -> dict[str, np.ndarray]:
