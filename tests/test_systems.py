@@ -24,6 +24,7 @@ MASKS = [
     {"mask": "soft", "pool": "attention"},
     {"mask": "soft", "profiles": ["guanines"], "profile_weight": 0.1},
 ]
+_SPOT = {"width": 8, "fusion": {"heads": 2}, "use_window": False, "use_slide": False}
 VARIANTS = {
     "seq2exp": [
         *({"backbone": entry.name} | mask for entry in BACKBONES for mask in MASKS),
@@ -67,9 +68,21 @@ VARIANTS = {
         {"use_window": False, "context_encoder": {"kind": "colour", "what": "colour15"}},
         {"use_window": False, "use_slide": False, "encoder": "vit"},
     ],
+    "bg_triplex": [
+        {"guidance": "both"},
+        {"guidance": "edge", "loss_mode": "triplex3", "share_guidance": False},
+        {"guidance": "nuclei", "nuclei": "both", "loss_mode": "released", "boundary_chunk": 3},
+        {"use_window": False, "use_slide": False, "signed_maps": True, "encoder": "vit"},
+    ],
+    "agl": [
+        {"k": "learned"},
+        {"k": "grid", "grid": [0.1, 0.9]},
+        {"k": "primary"},
+        {"k": 0.4, "inner": _SPOT, "encoder": "vit"},
+    ],
 }
-IMAGE = ("nsl", "mclstexp", "hescape", "triplex")
-SCALES = ("triplex",)
+IMAGE = ("nsl", "mclstexp", "hescape", "triplex", "bg_triplex", "agl")
+SCALES = ("triplex", "bg_triplex", "agl")
 """Those around the trunk of TRIPLEX."""
 CASES = [{"name": name, **settings} for name in VARIANTS for settings in VARIANTS[name]]
 ANSWERS = ("mean", "importance", "attention", "profile", "other")
@@ -82,7 +95,12 @@ WRONG = {
     "nsl": ({"layout": "v3"}, "model.layout is 'v3'; it can be v1, v2"),
     "mclstexp": ({"mode": "new"}, "model.mode is 'new'; it can be fixed, faithful"),
     "hescape": ({"loss": "cnn"}, "model.loss is 'cnn'; it can be clip, siglip"),
+    "agl": ({"wraps": "hescape"}, "model.wraps is 'hescape', which pairs a patch"),
     "triplex": ({"distil": 2}, "model.distil is 2; it must be from 0 to 1"),
+    "bg_triplex": (
+        {"guidance": "x"},
+        "model.guidance is 'x'; it can be both, edge, nuclei, none",
+    ),
 }
 NOT_SETTINGS = {
     "seq2exp": ("witdh", "target_mean", "hidden_size"),
@@ -90,7 +108,9 @@ NOT_SETTINGS = {
     "nsl": ("grids", "target_mean", "token_mean"),
     "mclstexp": ("modus", "expression_mean", "n_keys"),
     "hescape": ("los", "panel", "n_keys"),
+    "agl": ("wrap", "auxiliary", "k_found"),
     "triplex": ("windows", "context_mean", "token_sd"),
+    "bg_triplex": ("boundary", "boundary_scale", "guides"),
 }
 
 
@@ -117,8 +137,11 @@ def reads(case) -> tuple[str, ...]:
     if case["name"] == "seq2exp":
         return ("codes", "signal", "features")
     if case["name"] in SCALES:
+        case = case | case.get("inner", {})
         parts = {"window_tokens": "use_window", "slide_tokens": "use_slide"}
-        return ("patch", *(name for name, part in parts.items() if case.get(part, True)))
+        maps = ("boundary", "window_boundary")[: 1 + case.get("use_window", True)]
+        scales = [name for name, part in parts.items() if case.get(part, True)]
+        return ("patch", *scales, *(maps if case["name"] == "bg_triplex" else ()))
     if case["name"] in IMAGE:
         return ("patch",)
     window = ("codes", "signal") if case.get("bins", True) else ()
@@ -224,7 +247,7 @@ def test_head_is_the_shared_one_and_decides(case):
     identity = isinstance(system.head.net, nn.Identity)  # the site is the answer
     with torch.no_grad():
         moved = system.head.mean if identity else system.head.net[-1].bias
-        moved += torch.tensor([1.0, 0.0])
+        moved[0] += 1
     step = answers(system, batch).mean - before
     want = torch.tensor([[1.0 if identity else system.head.sd[0].item(), 0.0]] * 4)
     torch.testing.assert_close(step, want, rtol=1e-5, atol=1e-6)
@@ -264,7 +287,9 @@ def test_eight_rows_can_be_learned_by_heart(case):
     if case["name"] == "gta":  # an untrained trunk hardly tells windows apart
         batch["trunk"] = torch.randn(8, *system.trunk.layout[:2])
     before = float(answers(system, batch).losses["expression"])
-    train(system, batch, steps=300 if case["name"] in IMAGE else 40 if "pack" in case else 60)
+    steps = {"agl": 250, "triplex": 100, "bg_triplex": 100}.get(case["name"], 300)
+    steps = steps if case["name"] in IMAGE else 60
+    train(system, batch, steps=40 if "pack" in case else steps)
     enough = {"nsl": 0.9}.get(case["name"], 0.3 if case["name"] in IMAGE else 0.1)
     assert float(answers(system, batch).losses["expression"]) < enough * before
 
@@ -334,7 +359,10 @@ def test_missing_inputs_name_the_flag_that_supplies_them(case):
         "signal": "--track h3k27ac=BIGWIG --track dnase=BIGWIG",
         "features": "--features",
         "text": "--text TABLE",
-        **dict.fromkeys(("patch", "window_tokens", "slide_tokens"), "--slide IMAGE"),
+        **dict.fromkeys(
+            ("patch", "window_tokens", "slide_tokens", "boundary", "window_boundary"),
+            "--slide IMAGE",
+        ),
     }
     for name in system.needs:
         lacking = {key: value for key, value in batch.items() if key != name}

@@ -52,6 +52,16 @@ SMALL_SPOTS = {
     "mclstexp": {**_PAIR, "depth": 1, "heads": 2, "head_dim": 4, "embedding": 8, "neighbours": 3},
     "hescape": {**_PAIR, "embedding": 8, "components": 2, "neighbours": 3},
     "triplex": _SCALES,
+    "bg_triplex": _SCALES
+    | {"boundary_mpp": 14.0, "spot_channels": [4, 8], "window_channels": [4, 8]},
+    "agl": {
+        "encoder": _SCALES["encoder"],
+        "head": _PAIR["head"],
+        "inner": _TRUNK | {"context_encoder": "colour"},
+        "auxiliary": ["other1", "other2", "other3"],
+        "auxiliary_mean": [0.1, 0.0, 0.2],
+        "auxiliary_sd": [1.0, 2.0, 0.5],
+    },
 }
 """Settings of toy image systems."""
 
@@ -144,8 +154,8 @@ def _surroundings(
             "slide_offsets": torch.tensor([0, SLIDE_SPOTS, 2 * SLIDE_SPOTS]),
             "slide_row": number % 2 * SLIDE_SPOTS + number // 2,
         }
-    if "boundary" in config.reads:
-        for name, px in (("boundary", PX), ("window_boundary", 5 * PX)):
+    for name, px in (("boundary", PX // 4), ("window_boundary", 5 * PX // 4)):
+        if name in config.reads:
             shape = (rows, px, px, 3)
             fields[name] = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
     if others := getattr(system.config, "auxiliary", None):

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from seq2expr.config import AdapterConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import find_run, load_base, quiet, run_config
+from seq2expr.model.heads import ExpressionHead
 from seq2expr.model.system import Ensemble, System, SystemConfig, members_of
 from seq2expr.store import digest, file_digest, write_text
 
@@ -58,6 +59,7 @@ def linear_modules(system: System, settings: AdapterConfig) -> list[str]:
     UserError
         When there is none; the message lists the adapters that fit.
     """
+    system = system.core  # peft finds modules by how their names end
     part = _part(system, settings)
     fitting = [
         name
@@ -109,16 +111,17 @@ def add_adapter(system: System, settings: AdapterConfig) -> PeftModel:
     UserError
         When the system has no module that the adapter could change.
     """
-    whole = [name for name in system.whole if getattr(system, name, None) is not None]
+    core = system.core
+    whole = [name for name in core.whole if getattr(core, name, None) is not None]
     shared = {"modules_to_save": whole}
     if settings.kind == "ia3":
         targets = linear_modules(system, settings)
-        shared["fan_in_fan_out"] = _transposed(system, targets)
+        shared["fan_in_fan_out"] = _transposed(core, targets)
         config = IA3Config(target_modules=targets, feedforward_modules=[], **shared)
     else:
         alone = settings.kind == "head"
         targets = DUMMY_TARGET_MODULES if alone else linear_modules(system, settings)
-        shared["fan_in_fan_out"] = not alone and _transposed(system, targets)
+        shared["fan_in_fan_out"] = not alone and _transposed(core, targets)
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
@@ -129,7 +132,7 @@ def add_adapter(system: System, settings: AdapterConfig) -> PeftModel:
         )
     system.frozen_statistics = True
     model = get_peft_model(system, config)
-    _check_saved(system)
+    _check_saved(core)
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file every time
     return model
@@ -163,24 +166,38 @@ def set_targets(model: System | PeftModel, config: SystemConfig, *, keep: bool =
         When it should be kept and the base has another number of targets.
     """
     system = system_of(model)
-    known = len(system.config.targets)
-    system.config = config
-    head = system.make_head(system.head.d_in)
-    if keep:
-        if known != len(config.targets):
-            raise UserError(
-                f"adapter.head is base; the base has {known} target(s) and the data "
-                f"{len(config.targets)}. Name as many, or set adapter.head=new."
-            )
-        weights = system.head.state_dict()
-        inside = "original_module.net." if isinstance(model, PeftModel) else "net."
-        head.net.load_state_dict(
-            {k.removeprefix(inside): v for k, v in weights.items() if k.startswith(inside)}
+    known, core = len(system.config.targets), system.core
+    if keep and known != len(config.targets):
+        raise UserError(
+            f"adapter.head is base; the base has {known} target(s) and the data "
+            f"{len(config.targets)}. Name as many, or set adapter.head=new."
         )
-    if isinstance(model, PeftModel):
-        system.head.modules_to_save[model.active_adapter] = head
-    else:
-        system.head = head
+    system.config = config
+    if core is not system:
+        core.config = config.sight
+    for name in core.whole:
+        part = getattr(core, name, None)
+        saved = part.modules_to_save if isinstance(part, ModulesToSaveWrapper) else None
+        heads = _new_heads(core, part if saved is None else part.original_module, keep=keep)
+        if heads is None:
+            continue
+        if saved is None:
+            setattr(core, name, heads)
+        else:
+            saved[model.active_adapter] = heads
+
+
+def _new_heads(system: System, part: nn.Module | None, *, keep: bool) -> nn.Module | None:
+    """Make a head, or heads by name, for the targets of a system; None of what is no head."""
+    if isinstance(part, nn.ModuleDict):
+        heads = {name: _new_heads(system, one, keep=keep) for name, one in part.items()}
+        return nn.ModuleDict(heads) if all(heads.values()) else None
+    if not isinstance(part, ExpressionHead):
+        return None
+    head = system.make_head(part.d_in)
+    if keep:
+        head.net.load_state_dict(part.net.state_dict())
+    return head
 
 
 def save_adapter(model: PeftModel, place: Path, *, base: str) -> None:
@@ -320,11 +337,12 @@ def merge_adapter(
 
 def _merge(model: PeftModel) -> System:
     system = model.get_base_model()
+    core = system.core
     # In IA3 merge_and_unload takes every module for one with a single weight.
-    for name in system.whole:
-        wrapper = getattr(system, name, None)
+    for name in core.whole:
+        wrapper = getattr(core, name, None)
         if wrapper is not None:
-            setattr(system, name, wrapper.modules_to_save[model.active_adapter])
+            setattr(core, name, wrapper.modules_to_save[model.active_adapter])
     changed = {name.partition(".")[0] for name in model.base_model.targeted_module_names}
     merged = model.merge_and_unload(safe_merge=True)
     merged.claim(*changed)

@@ -1,6 +1,6 @@
 """The base of the systems that read a spot, the tiles around it and its whole slide."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -141,6 +141,20 @@ class Views(NamedTuple):
     slide: Tensor | None = None
 
 
+class BranchHeads(nn.Module):
+    """Heads by branch, in one module that an adapter can carry.
+
+    Parameters
+    ----------
+    heads
+        The head of each branch.
+    """
+
+    def __init__(self, heads: Mapping[str, ExpressionHead]):
+        super().__init__()
+        self.by_branch = nn.ModuleDict(heads)
+
+
 class MultiScaleSystem(SpotSystem):
     """A system around the trunk of TRIPLEX.
 
@@ -155,7 +169,7 @@ class MultiScaleSystem(SpotSystem):
     """
 
     config_class = MultiScaleConfig
-    whole: ClassVar[tuple[str, ...]] = ("head", "branch_heads")
+    whole: ClassVar[tuple[str, ...]] = ("head", "further_heads")
     head_of: ClassVar[Mapping[str, str]] = {}
     """Branches that share the head of another one."""
 
@@ -178,7 +192,17 @@ class MultiScaleSystem(SpotSystem):
         there = {"spot": True, "window": config.use_window, "slide": config.use_slide}
         names = branches or [name for name, used in there.items() if used]
         self.head = self.make_head(config.width)
-        self.branch_heads = nn.ModuleDict({name: self.make_branch_head() for name in names})
+        self.further_heads = self._make_further(names)
+
+    def make_heads(self) -> dict[str, nn.Module]:
+        """Make all heads anew, for the targets of the configuration, by their attribute."""
+        head = self.make_head(self.head.d_in)
+        return {"head": head, "further_heads": self._make_further(self.branch_heads)}
+
+    @property
+    def branch_heads(self) -> nn.ModuleDict:
+        """Heads of the branches, by their names."""
+        return self.further_heads.by_branch
 
     def make_branch_head(self) -> ExpressionHead:
         """Make the head of a branch."""
@@ -232,6 +256,9 @@ class MultiScaleSystem(SpotSystem):
             batch["slide_offsets"] = torch.tensor([0, rows])
             batch["slide_row"] = number
         return batch
+
+    def _make_further(self, names: Iterable[str]) -> BranchHeads:
+        return BranchHeads({name: self.make_branch_head() for name in names})
 
     def _context(self, tokens: Tensor) -> Tensor:
         """Scale features of the context encoder."""

@@ -86,6 +86,11 @@ class SpotConfig(SystemConfig):
         return False
 
     @property
+    def reads_auxiliary(self) -> bool:
+        """Whether training reads labels of the genes outside the panel."""
+        return False
+
+    @property
     def sight(self) -> "SpotConfig":
         """The configuration that says what of a picture is read: of a wrapper, the wrapped one."""
         return self
@@ -112,8 +117,6 @@ class SpotSystem(System):
     whole ``loss``."""
     reads_expression: ClassVar[bool] = False
     """Whether training reads the expression of its spots as an input."""
-    reads_auxiliary: ClassVar[bool] = False
-    """Whether training reads labels of the genes outside the panel."""
 
     @property
     def needs(self) -> tuple[str, ...]:

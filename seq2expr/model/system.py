@@ -100,6 +100,11 @@ class System(PreTrainedModel):
         known, _ = PreTrainedConfig.get_config_dict(path)
         return system_class(known["model_type"]).from_pretrained(path, *args, **kwargs)
 
+    @property
+    def core(self) -> "System":
+        """The system that holds the weights: of a wrapper, the wrapped one."""
+        return self
+
     def make_head(self, d_in: int) -> ExpressionHead:
         """Make an expression head for the targets of the configuration."""
         config = self.config

@@ -64,8 +64,9 @@ def scaling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _known(fitted: dict[str, Any], geometry: SpotConfig) -> dict[str, Any]:
-    """Keep the fields that the configuration has."""
-    return {name: value for name, value in fitted.items() if name in geometry.fitted}
+    """Keep the fields that the configuration has, or that of what it wraps."""
+    held = {*geometry.fitted, *geometry.sight.fitted}
+    return {name: value for name, value in fitted.items() if name in held}
 
 
 def _named(name: str, moments: tuple[np.ndarray, np.ndarray]) -> dict[str, list[float]]:

@@ -82,7 +82,7 @@ class SlideInputs:
     whole
         Features of the patch of every spot, by the encoder of the windows.
     boundary
-        Maps of edges and nuclei.
+        Maps of edges and nuclei around each spot, and whether those of windows are read, too.
     """
 
     slide: SpotSlide
@@ -91,6 +91,7 @@ class SlideInputs:
     windows: Windows | None = None
     whole: FeatureStore | None = None
     boundary: BoundaryStore | None = None
+    window_boundary: bool = False
 
     @property
     def coarse(self) -> bool:
@@ -177,6 +178,7 @@ class _Context:
             found["whole"] = open_features(self.encoder, patches)
         if "boundary" in reads:
             found["boundary"] = self._boundary(slide)
+            found["window_boundary"] = "window_boundary" in reads
         return found
 
     def _boundary(self, slide: SpotSlide) -> BoundaryStore:

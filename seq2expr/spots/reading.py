@@ -103,6 +103,7 @@ class SpotReader:
                 fields["window_tokens"], fields["window_mask"] = source.windows.read(rows, turn)
             if source.boundary is not None:
                 fields["boundary"] = source.boundary.read_spots(rows, turn)
+            if source.window_boundary:
                 fields["window_boundary"] = source.boundary.read_windows(rows, turn)
             parts.append((where, fields))
         shared = set.intersection(*(set(fields) for _, fields in parts))

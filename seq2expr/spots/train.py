@@ -179,7 +179,9 @@ class SpotMaterial:
 
     def sources(self, root: Path) -> dict[str, Path]:
         """Return pictures, counts and positions of every slide."""
-        found = {f"text {path}": root / path for path in self.config.data.text}
+        found = {}
+        if self.bank is not None:
+            found = {f"text {path}": root / path for path in self.config.data.text}
         for name, spec in self.config.data.slides.items():
             found[f"{name} image"] = self.data.slides[name].image
             for role in ("counts", "spots", "h5ad"):
@@ -237,7 +239,7 @@ def open_material(
     seen = WINDOW if "window_tokens" in sight.reads else 1
     leaks = data.leaks + data.check_overlap(sight.patch_um * seen)
     panel = data.fit_panel(config.data.panel, root)
-    others = data.other_genes(panel) if system.reads_auxiliary else None
+    others = data.other_genes(panel) if geometry.reads_auxiliary else None
     inputs = _open_inputs(data, geometry, encoders, turned=config.train.dihedral)
     return SpotMaterial(
         config,

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from seq2expr.config import load_run_config
+from seq2expr.config import AdapterConfig, load_run_config
 from seq2expr.errors import UserError
+from seq2expr.learn.adapters import add_adapter
 from seq2expr.model.batch import Batch
 from seq2expr.model.system import System
 from seq2expr.systems.triplex import Triplex, TriplexConfig
@@ -251,6 +252,34 @@ def test_what_is_missing_is_named():
     for name in ("window_tokens", "slide_tokens"):
         with pytest.raises(UserError, match=f"batch has no {name}.*--slide IMAGE"):
             system(**{k: v for k, v in batch.items() if k != name})
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "head"])
+def test_an_adapter_carries_the_heads_of_the_branches(kind):
+    system, batch = make(), spots()
+    before = answer(system, batch)
+    model = add_adapter(system, AdapterConfig(kind=kind, base="", rank=2))
+    torch.testing.assert_close(answer(model.eval(), batch), before)
+    model.train()(**batch).loss.backward()
+    learning = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    heads = {n.split("by_branch.")[1].split(".")[0] for n in learning if "further_heads" in n}
+    assert heads == {"spot", "window", "slide"}
+    assert any("trunk" in name for name in learning) == (kind != "head")
+
+
+def test_all_heads_can_be_made_anew():
+    system, batch = make(), spots()
+    system.config.targets, system.config.target_mean = ["a", "b"], [3.0, 4.0]
+    system.config.target_sd = None
+    for name, head in system.make_heads().items():
+        setattr(system, name, head)
+    two = {n: batch[n][:, :2] for n in ("target", "target_mask")}
+    found = system(**changed(batch, **two))
+    assert found.mean.shape == (SPOTS, 2)
+    assert found.losses.keys() == {"expression", "spot", "window", "slide"}
 
 
 # Configuration and checkpoint
