@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from seq2expr.config import AdapterConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.runs import find_run, load_base, quiet, run_config
-from seq2expr.model.heads import ExpressionHead
 from seq2expr.model.system import Ensemble, System, SystemConfig, members_of
 from seq2expr.store import digest, file_digest, write_text
 
@@ -175,29 +174,21 @@ def set_targets(model: System | PeftModel, config: SystemConfig, *, keep: bool =
     system.config = config
     if core is not system:
         core.config = config.sight
-    for name in core.whole:
-        part = getattr(core, name, None)
-        saved = part.modules_to_save if isinstance(part, ModulesToSaveWrapper) else None
-        heads = _new_heads(core, part if saved is None else part.original_module, keep=keep)
-        if heads is None:
-            continue
-        if saved is None:
-            setattr(core, name, heads)
+    for name, fresh in core.make_heads().items():
+        part = getattr(core, name)
+        wrapped = isinstance(part, ModulesToSaveWrapper)
+        if keep:
+            _keep_network(part.original_module if wrapped else part, fresh)
+        if wrapped:
+            part.modules_to_save[model.active_adapter] = fresh
         else:
-            saved[model.active_adapter] = heads
+            setattr(core, name, fresh)
 
 
-def _new_heads(system: System, part: nn.Module | None, *, keep: bool) -> nn.Module | None:
-    """Make a head, or heads by name, for the targets of a system; None of what is no head."""
-    if isinstance(part, nn.ModuleDict):
-        heads = {name: _new_heads(system, one, keep=keep) for name, one in part.items()}
-        return nn.ModuleDict(heads) if all(heads.values()) else None
-    if not isinstance(part, ExpressionHead):
-        return None
-    head = system.make_head(part.d_in)
-    if keep:
-        head.net.load_state_dict(part.net.state_dict())
-    return head
+def _keep_network(old: nn.Module, fresh: nn.Module) -> None:
+    """Take over the networks of heads; the scaling is that of the new targets."""
+    weights = {key: v for key, v in old.state_dict().items() if "net" in key.split(".")}
+    fresh.load_state_dict(weights, strict=False)
 
 
 def save_adapter(model: PeftModel, place: Path, *, base: str) -> None:

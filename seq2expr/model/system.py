@@ -115,6 +115,10 @@ class System(PreTrainedModel):
         except TypeError as error:
             raise UserError(f"model.head: {error}.") from error
 
+    def make_heads(self) -> dict[str, nn.Module]:
+        """Make all heads anew, for the targets of the configuration, by their attribute."""
+        return {"head": self.make_head(self.head.d_in)}
+
     def train(self, mode: bool = True) -> "System":
         """Set the mode; see ``frozen_statistics``."""
         super().train(mode)
