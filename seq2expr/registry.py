@@ -93,6 +93,34 @@ SYSTEMS = (
         "Gene Expression in Spatial Transcriptomics",
         "ours (MIT); the authors' code (MIT) is not used",
     ),
+    SystemEntry(
+        "triplex",
+        "H&E patches, the tiles around them, and the whole slide",
+        "Chung et al. 2024, Accurate Spatial Gene Expression Prediction by Integrating "
+        "Multi-Resolution Features",
+        "ours (MIT); the authors' code is not used",
+    ),
+    SystemEntry(
+        "bg_triplex",
+        "the same, and maps of edges and nuclei (slides of up to 1 um per pixel)",
+        "Qu et al. 2024, Boundary-Guided Learning for Gene Expression Prediction in Spatial "
+        "Transcriptomics (of which only the abstract and summaries could be read)",
+        "ours (MIT); the authors' code is not used",
+    ),
+    SystemEntry(
+        "dkan",
+        "as triplex, and texts on the genes; expression of the training spots",
+        "Zhang et al. 2026, DKAN (arXiv 2511.17685; of which only the abstract and notes could "
+        "be read)",
+        "ours (MIT); the authors' code is not used",
+    ),
+    SystemEntry(
+        "agl",
+        "as the system that it wraps (triplex); all measured genes of the training spots",
+        "Shiku et al. 2026, Auxiliary Gene Learning: Spatial Gene Expression Estimation by "
+        "Auxiliary Gene Selection",
+        "ours (MIT); the authors' code is not used",
+    ),
 )
 """Systems that train, predict and evaluate in this version."""
 

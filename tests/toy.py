@@ -54,6 +54,12 @@ SMALL_SPOTS = {
     "triplex": _SCALES,
     "bg_triplex": _SCALES
     | {"boundary_mpp": 14.0, "spot_channels": [4, 8], "window_channels": [4, 8]},
+    "dkan": _SCALES
+    | {
+        **dict.fromkeys(("text_encoder", "image_path", "expression_path"), _PART),
+        "head": {"loss": "mse"},
+        "gene_vectors": [[0.5, -1.0, 0.2], [-0.7, 0.4, 1.1]],
+    },
     "agl": {
         "encoder": _SCALES["encoder"],
         "head": _PAIR["head"],
