@@ -79,9 +79,7 @@ Contacts = Annotated[
 Blacklist = Annotated[
     Path | None, typer.Option("--blacklist", help="BED of bases that are masked.")
 ]
-Text = Annotated[
-    list[Path] | None, typer.Option("--text", help="Table of gene descriptions.")
-]
+Text = Annotated[list[Path] | None, typer.Option("--text", help="Table of gene descriptions.")]
 ChromMap = Annotated[
     str | None, typer.Option("--chrom-map", help="auto, or a TSV of chromosome names.")
 ]

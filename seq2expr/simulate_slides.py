@@ -14,16 +14,48 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.spatial import cKDTree
 
 from seq2expr.errors import UserError
+from seq2expr.simulate_tissue import MPP, PITCH_UM, simulate_section
 
-MPP = 1.0
-"""Scale of the images, µm per pixel."""
+FAMILY = "family:"
+"""Before the words of a family, joined by ``+``, in the name of a driver."""
 
-PITCH_UM = 100.0
-SPOT_UM = 100.0
-"""Diameter of the disc around a spot in which its causes are measured."""
+WORDS = {
+    "chromatin": (1.0, 0.0),
+    "junction": (0.7, 0.7),
+    "collagen": (0.0, 1.0),
+    "elastin": (-0.7, 0.7),
+    "quiescence": (-1.0, 0.0),
+    "lipid": (-0.7, -0.7),
+    "secretion": (0.0, -1.0),
+    "mitosis": (0.7, -0.7),
+}
+"""What a word in the name of a family stands for: how its genes follow nuclei and eosin."""
+
+OTHER_WORDS = (
+    *("acid", "anchor", "binding", "bridge", "calcium", "channel", "copper", "domain", "dual"),
+    *("finger", "gamma", "heavy", "kinase", "late", "light", "loop", "motor", "nitrogen"),
+    *("orphan", "outer", "partner", "quick", "receptor", "ribbon", "salt", "sensor", "tandem"),
+    *("transport", "tubular", "variant", "winged", "zinc"),
+)
+"""Words of the names of genes, which stand for nothing."""
+
+DRIVERS = {
+    "nuclei": "how many nuclei lie in the spot",
+    "eosin": "how much eosin the tissue there takes up, whatever the staining of the patient "
+    "makes of it",
+    "edges": "length of the outlines of the nuclei in the spot per area under them; where it is "
+    "asked for, nuclei are few and large or many and small, and cover the same share of the "
+    "tissue everywhere",
+    "neighbour": "nuclei per area in a ring of 150 to 250 µm around the spot; where it is asked "
+    "for, they vary over 120 µm instead of 250, so that the spot hardly tells the ring",
+    "programme": "product of nuclei and eosin, each standardised: no linear function of them",
+    "patient": "a level of each gene of its own for each patient",
+    "none": "nothing",
+}
+"""What genes can follow. ``family:WORD+WORD`` beside them is the sum of what `WORDS` says of the
+words, which also stand in the text of its genes."""
 
 
 class Mechanism(NamedTuple):
@@ -32,18 +64,20 @@ class Mechanism(NamedTuple):
     Parameters
     ----------
     driver
-        A column of the drivers of a section; ``patient``, a level of each gene of its own for each
-        patient; or ``none``.
+        One of `DRIVERS`, or ``family:`` and words of `WORDS`.
     share
-        Of the genes.
+        Of the genes, relative to the shares of the others.
     effect
         On ln expression for one standard deviation of the driver over all spots; of every two
-        genes one rises and one falls with it.
+        genes one rises and one falls with it, and those of a family all rise.
+    level
+        On ln expression, of all its genes: how many counts they have.
     """
 
     driver: str
     share: float
     effect: float
+    level: float = 0.0
 
 
 MECHANISMS = (
@@ -52,27 +86,11 @@ MECHANISMS = (
     Mechanism("patient", 0.2, 0.7),
     Mechanism("none", 0.3, 0.0),
 )
-"""``nuclei``: how many nuclei lie in the spot. ``eosin``: how much eosin the tissue there takes
-up, before the staining of the patient changes how much of it is seen."""
 
 _MAX_PATIENTS = 26  # they are letters
 _DISPERSION = 0.05  # of the counts: variance = mean + dispersion * mean^2
 _MEAN_COUNTS = 4000.0  # of a spot
 _DEPTH_SD = 0.4  # of ln of the total of a spot
-_JITTER = 0.05  # largest distance of a spot from its place on the array, in pitches
-_FIELD_UM = 250.0  # over which densities vary
-_SERIAL = 0.8  # share of the variance of densities that sections of a patient have in common
-_NUCLEI_PER_UM2 = 0.004  # where they are densest
-_NUCLEUS_RADIUS = (3.0, 6.0)  # um
-_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])  # OD of H and E (Ruifrok)
-
-
-class _Section(NamedTuple):
-    """One simulated section."""
-
-    image: np.ndarray  # uint8 [H, W, 3]
-    spots: pd.DataFrame  # x y new_x new_y pixel_x pixel_y selected, as written
-    drivers: pd.DataFrame  # [N]: a column for each, of the selected spots
 
 
 def simulate_slides(
@@ -83,6 +101,7 @@ def simulate_slides(
     spots: int = 64,
     genes: int = 60,
     mechanisms: Sequence[Mechanism] = MECHANISMS,
+    staining: float = 1.0,
     seed: int = 0,
 ) -> dict[str, dict]:
     """Write sections of several patients: images, counts, places, and the truth.
@@ -91,7 +110,9 @@ def simulate_slides(
     has a staining of its own, which changes the colours and nothing else. The expected count of
     gene g in spot i is ``T_i p_gi / sum_g p_gi`` with total T log-normal, ``ln p_gi = b_g + e_g
     z_i``, z the standardised driver of the gene and e its signed effect; counts are negative
-    binomial. ``truth.tsv`` has ``gene_id driver effect``. The same call writes the same bytes.
+    binomial. ``truth.tsv`` has ``gene_id driver effect``; where there are families,
+    ``gene_text.tsv`` has ``gene_id name synonyms family`` of all genes. The same call writes the
+    same bytes.
 
     Parameters
     ----------
@@ -108,6 +129,8 @@ def simulate_slides(
         All are measured in every section.
     mechanisms
         What drives them.
+    staining
+        How much patients differ in their staining, relative to the usual; 0 for not at all.
     seed
         Of everything.
 
@@ -120,23 +143,27 @@ def simulate_slides(
     Raises
     ------
     UserError
-        A number is out of its range, or `folder` is a file.
+        A number is out of its range, a driver is unknown, or `folder` is a file.
     """
     _check("n_patients", n_patients, 1, _MAX_PATIENTS)
     _check("sections", sections, 1, 99)
     _check("spots", spots, 9, 10_000)
     _check("genes", genes, len(mechanisms), 100_000)
+    _check("staining", staining, 0, 3)
     _check("seed", seed, 0, math.inf)
+    for mechanism in mechanisms:
+        _check_driver(mechanism.driver)
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; give a folder to write the simulation into.")
     root.mkdir(parents=True, exist_ok=True)
+    asked = {mechanism.driver for mechanism in mechanisms}
     slides, drivers = {}, {}
     for number in range(n_patients):
         patient = chr(ord("A") + number)
         for cut in range(1, sections + 1):
             slide = f"{patient}{cut}"
-            section = _simulate_section(spots, (seed, number), cut)
+            section = simulate_section(spots, (seed, number), cut, asked, staining)
             slides[slide] = {
                 "image": f"{slide}.jpg",
                 "counts": f"{slide}.tsv.gz",
@@ -149,7 +176,10 @@ def simulate_slides(
             section.spots.to_csv(root / slides[slide]["spots"], sep="\t", index=False)
             drivers[slide] = section.drivers.assign(patient=number)
     truth = _assign(genes, mechanisms)
-    truth.to_csv(root / "truth.tsv", sep="\t", index=False)
+    truth[["gene_id", "driver", "effect"]].to_csv(root / "truth.tsv", sep="\t", index=False)
+    if any(driver.startswith(FAMILY) for driver in asked):
+        text = _describe(truth, np.random.default_rng([seed, _MAX_PATIENTS, 1]))
+        text.to_csv(root / "gene_text.tsv", sep="\t", index=False)
     counts = _draw_counts(pd.concat(drivers), truth, np.random.default_rng([seed, _MAX_PATIENTS]))
     for slide, entry in slides.items():
         text = counts.loc[slide].to_csv(sep="\t", index_label="")
@@ -157,119 +187,39 @@ def simulate_slides(
     return slides
 
 
+def gene_id(number: int) -> str:
+    """Return the id of a gene by its number from 1; genes stand in the order of mechanisms."""
+    return f"SIM{number:04d}"
+
+
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise UserError(f"{name} is {value}; it must be from {low} to {high}.")
 
 
-def _simulate_section(spots: int, patient: tuple[int, int], cut: int) -> _Section:
-    """Draw tissue, nuclei and staining; `patient` seeds what its sections have in common."""
-    own = np.random.default_rng([*patient, cut])
-    common = np.random.default_rng([*patient, 0])
-    side = math.ceil(math.sqrt(1.6 * spots)) + 2
-    size = round(side * PITCH_UM / MPP)
-    places = _lay_array(side, own)
-    outside = _distance_from_centre(common, size)
-    ranked = np.sort(outside[_pixels(places)])
-    tissue = outside < (ranked[spots - 1] + ranked[spots]) / 2
-    density = _field(size, common, own)
-    eosin = _field(size, common, own)
-    nuclei = _place_nuclei(density * tissue, own)
-    fibres = own.normal(1, 0.25, (size // 4, size // 4))
-    stains = np.stack(
-        [
-            0.12 * tissue + _draw_discs(nuclei, size, own),
-            (0.1 + 0.5 * eosin) * tissue * _enlarge(fibres, size),
-        ],
-        axis=-1,
-    )
-    image = _stain(stains, common, own)
-    places["selected"] = tissue[_pixels(places)].astype(int)
-    at = places[places["selected"] == 1]
-    inside = cKDTree(nuclei).query_ball_point(
-        at[["pixel_x", "pixel_y"]], SPOT_UM / MPP / 2, return_length=True
-    )
-    drivers = pd.DataFrame({"nuclei": inside, "eosin": eosin[_pixels(at)]})
-    return _Section(image, places, drivers.set_index(_spot_ids(at)))
+def _check_driver(name: str) -> None:
+    words = _words(name)
+    if not words and name not in DRIVERS:
+        raise UserError(
+            f"The driver of a mechanism is {name!r}; it must be {', '.join(DRIVERS)}, or "
+            f"{FAMILY}WORD+WORD."
+        )
+    if unknown := [word for word in words if word not in WORDS]:
+        raise UserError(
+            f"The driver {name!r} names the word {unknown[0]!r}; choose from {', '.join(WORDS)}."
+        )
+    if words and not np.abs(_direction(words)).sum() > 0.1:
+        raise UserError(f"The words of {name!r} cancel one another; choose others.")
 
 
-def _lay_array(side: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Lay out the array: pixel = pitch * (new - 1), each spot a little off its place."""
-    x, y = (a.ravel() for a in np.meshgrid(np.arange(2, side + 1), np.arange(2, side + 1)))
-    places = pd.DataFrame({"x": x, "y": y})
-    for axis in "xy":
-        places[f"new_{axis}"] = (places[axis] + rng.uniform(-_JITTER, _JITTER, len(x))).round(3)
-    for axis in "xy":
-        places[f"pixel_{axis}"] = ((places[f"new_{axis}"] - 1) * PITCH_UM / MPP).round(2)
-    return places
+def _words(driver: str) -> list[str]:
+    """Return the words of a family; none of any other driver."""
+    return driver.removeprefix(FAMILY).split("+") if driver.startswith(FAMILY) else []
 
 
-def _pixels(places: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column of the pixel under each spot."""
-    return places["pixel_y"].to_numpy(int), places["pixel_x"].to_numpy(int)
-
-
-def _spot_ids(places: pd.DataFrame) -> pd.Index:
-    return pd.Index(places["x"].astype(str) + "x" + places["y"].astype(str))
-
-
-def _distance_from_centre(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return the distance from the centre, in units of a wavy outline, [size, size]."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) - size / 2
-    outline = np.ones_like(x)
-    angle = np.arctan2(y, x)
-    for waves in (2, 3):
-        phase = rng.uniform(0, 2 * np.pi)
-        outline += 0.08 * np.cos(waves * angle + phase, dtype=np.float32)
-    return np.hypot(x, y) / outline
-
-
-def _field(size: int, common: np.random.Generator, own: np.random.Generator) -> np.ndarray:
-    """Draw a smooth field between 0 and 1, [size, size]."""
-    nodes = math.ceil(size * MPP / _FIELD_UM) + 1
-    noise = math.sqrt(_SERIAL) * common.normal(size=(nodes, nodes))
-    noise += math.sqrt(1 - _SERIAL) * own.normal(size=(nodes, nodes))
-    return 1 / (1 + np.exp(-2 * _enlarge(noise, size)))
-
-
-def _enlarge(values: np.ndarray, size: int) -> np.ndarray:
-    image = Image.fromarray(values.astype(np.float32))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _place_nuclei(density: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw the middles of nuclei, pixels x and y [n, 2], from a density between 0 and 1."""
-    n = rng.poisson(_NUCLEI_PER_UM2 * MPP**2 * density.size)
-    middles = rng.uniform(0, density.shape[0], (n, 2))
-    x, y = middles.astype(int).T
-    return middles[rng.random(n) < density[y, x]]
-
-
-def _draw_discs(middles: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return haematoxylin of ellipses around the middles, [size, size]."""
-    reach = math.ceil(_NUCLEUS_RADIUS[1] / MPP)
-    offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
-    rows = middles[:, 1:].astype(int) + offsets[0]
-    columns = middles[:, :1].astype(int) + offsets[1]
-    radii = rng.uniform(*_NUCLEUS_RADIUS, (2, len(middles), 1)) / MPP
-    dark = rng.uniform(0.7, 1.1, (len(middles), 1))
-    inside = (offsets[0] / radii[0]) ** 2 + (offsets[1] / radii[1]) ** 2 <= 1
-    inside &= (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    drawn = np.zeros((size, size), np.float32)
-    np.maximum.at(
-        drawn, (rows[inside], columns[inside]), np.broadcast_to(dark, rows.shape)[inside]
-    )
-    return drawn
-
-
-def _stain(
-    stains: np.ndarray, common: np.random.Generator, own: np.random.Generator
-) -> np.ndarray:
-    """Turn amounts of both stains into a picture, with the patient's own strength and hue."""
-    strength = common.uniform(0.75, 1.25, 2) * own.uniform(0.95, 1.05, 2)
-    vectors = _STAINS * common.uniform(0.85, 1.15, _STAINS.shape)
-    density = stains.astype(np.float32) @ (strength[:, None] * vectors).astype(np.float32)
-    return (246 * np.exp(-density)).clip(0, 255).astype(np.uint8)
+def _direction(words: Sequence[str]) -> np.ndarray:
+    """Return how a family follows nuclei and eosin, [2]."""
+    return np.sum([WORDS[word] for word in words], axis=0)
 
 
 def _assign(genes: int, mechanisms: Sequence[Mechanism]) -> pd.DataFrame:
@@ -277,13 +227,43 @@ def _assign(genes: int, mechanisms: Sequence[Mechanism]) -> pd.DataFrame:
     edges = np.cumsum([0.0, *(m.share for m in mechanisms)])
     middles = (np.arange(genes) + 0.5) / genes * edges[-1]
     chosen = [mechanisms[i] for i in np.searchsorted(edges, middles) - 1]
+    signs = [1 if _words(m.driver) else (-1) ** i for i, m in enumerate(chosen)]
     return pd.DataFrame(
         {
-            "gene_id": [f"SIM{i:04d}" for i in range(1, genes + 1)],
+            "gene_id": [gene_id(number) for number in range(1, genes + 1)],
             "driver": [m.driver for m in chosen],
-            "effect": [m.effect * (-1) ** i for i, m in enumerate(chosen)],
+            "effect": [m.effect * sign for m, sign in zip(chosen, signs, strict=True)],
+            "level": [m.level for m in chosen],
         }
     )
+
+
+def _describe(truth: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Write what is known of each gene: words of its own, and those of its family."""
+    names = [" ".join(rng.choice(OTHER_WORDS, 4, replace=False)) for _ in range(len(truth))]
+    return pd.DataFrame(
+        {
+            "gene_id": truth["gene_id"],
+            "name": names,
+            "synonyms": [f"GENE{number}" for number in range(1, len(truth) + 1)],
+            "family": [" and ".join(_words(driver)) for driver in truth["driver"]],
+        }
+    )
+
+
+def _scaled(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+    return (values - values.mean()) / values.std(ddof=0)
+
+
+def _standardise(drivers: pd.DataFrame, asked: Sequence[str]) -> pd.DataFrame:
+    """Return the drivers with mean 0 and variance 1 over all spots, and what is made of them."""
+    z = _scaled(drivers)
+    both = z[["nuclei", "eosin"]]
+    if "programme" in asked:
+        z["programme"] = _scaled(both.prod(axis=1))
+    for family in [name for name in asked if _words(name)]:
+        z[family] = _scaled(both @ _direction(_words(family)))
+    return z
 
 
 def _draw_counts(
@@ -291,9 +271,10 @@ def _draw_counts(
 ) -> pd.DataFrame:
     """Draw counts [spots of all sections, genes], indexed as the drivers are."""
     patient = drivers["patient"].to_numpy()
-    z = (drivers - drivers.mean()) / drivers.std(ddof=0)
+    z = _standardise(drivers, truth["driver"].unique())
     levels = rng.normal(size=(patient.max() + 1, len(truth)))
     log_share = np.tile(rng.normal(0, 0.8, len(truth)), (len(drivers), 1))
+    log_share += truth["level"].to_numpy()
     for column, (driver, effect) in enumerate(zip(truth["driver"], truth["effect"], strict=True)):
         if driver == "patient":
             log_share[:, column] += effect * levels[patient, column]

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from seq2expr.errors import UserError
-from seq2expr.simulate_slides import MECHANISMS, MPP, PITCH_UM, Mechanism, simulate_slides
+from seq2expr.simulate_slides import (
+    DRIVERS,
+    MECHANISMS,
+    MPP,
+    OTHER_WORDS,
+    PITCH_UM,
+    WORDS,
+    Mechanism,
+    simulate_slides,
+)
+from seq2expr.simulate_tissue import RING_UM, simulate_section
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,16 @@ def test_mechanisms_can_be_chosen(tmp_path):
         ({"sections": 0}, "sections is 0"),
         ({"spots": 8}, "spots is 8"),
         ({"genes": 3}, "genes is 3; it must be from 4"),
+        ({"staining": 4}, "staining is 4; it must be from 0 to 3"),
+        (
+            {"mechanisms": (Mechanism("glands", 1, 1),)},
+            "is 'glands'; it must be nuclei, eosin, ed",
+        ),
+        ({"mechanisms": (Mechanism("family:lipid+fat", 1, 1),)}, "names the word 'fat'; choose"),
+        (
+            {"mechanisms": (Mechanism("family:chromatin+quiescence", 1, 1),)},
+            "'family:chromatin.quiescence' cancel one another",
+        ),
     ],
 )
 def test_sizes_out_of_range_are_refused(tmp_path, settings, message):
@@ -159,3 +179,130 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="out is a file"):
         simulate_slides(tmp_path / "out")
+
+
+# Further drivers
+
+
+def haematoxylin(image, places, radii):
+    """Dark pixels and their outline within a ring around each spot: two shares [N] of its area."""
+    dark = -np.log((image[..., 0] + 1.0) / 256) > 0.4
+    inner = np.pad(dark[1:-1, 1:-1] & dark[:-2, 1:-1] & dark[2:, 1:-1], 1)
+    inner[:, 1:-1] &= dark[:, :-2] & dark[:, 2:]
+    layers = np.stack([image.min(axis=-1) < 240, dark, dark & ~inner])
+    reach = int(radii[1])
+    layers = np.pad(layers, ((0, 0), (reach, reach), (reach, reach)))
+    at = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1])
+    ring = (at >= radii[0]) & (at < radii[1])
+    found = []
+    for x, y in places[["pixel_x", "pixel_y"]].to_numpy(int):
+        around = layers[:, y : y + 2 * reach + 1, x : x + 2 * reach + 1]
+        tissue, *wanted = (around & ring).sum(axis=(1, 2))
+        found.append(np.array(wanted) / tissue)
+    return np.array(found).T
+
+
+def correlation(a, b):
+    return np.corrcoef(a, b)[0, 1]
+
+
+@pytest.fixture(scope="module")
+def tissues():
+    """Two sections of as many patients, stained alike, for each driver that changes the tissue."""
+    found = {}
+    for driver in ("edges", "neighbour"):
+        parts = [simulate_section(64, (0, p), 1, {driver}, 0.0) for p in range(2)]
+        found[driver] = [(s.image, s.spots[s.spots["selected"] == 1], s.drivers) for s in parts]
+    return found
+
+
+def test_edges_are_no_colour(tissues):
+    for image, places, drivers in tissues["edges"]:
+        covered, outline = haematoxylin(image, places, (0, 50))
+        assert abs(correlation(covered, drivers["edges"])) < 0.4
+        assert correlation(outline / covered, drivers["edges"]) > 0.8
+        assert covered.mean() == pytest.approx(0.25, abs=0.06)
+        # Small ones are many.
+        assert correlation(drivers["nuclei"], drivers["edges"]) > 0.8
+
+
+def test_neighbours_are_not_the_spot_itself(tissues):
+    for image, places, drivers in tissues["neighbour"]:
+        around, _ = haematoxylin(image, places, RING_UM)
+        own, _ = haematoxylin(image, places, (0, 50))
+        assert correlation(around, drivers["neighbour"]) > 0.7
+        assert correlation(own, drivers["nuclei"]) > 0.7
+        assert abs(correlation(own, drivers["neighbour"])) < 0.35
+
+
+def read_counts(root, slides):
+    tables = [pd.read_csv(root / s["counts"], sep="\t", index_col=0) for s in slides.values()]
+    counts = pd.concat(tables, keys=slides)
+    return np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0)), counts
+
+
+def test_a_programme_is_the_product_of_nuclei_and_eosin(tmp_path):
+    chosen = [Mechanism(name, 1, 0.8) for name in ("nuclei", "eosin")]
+    chosen += [Mechanism("programme", 1, 0.8), Mechanism("programme", 1, 0.8, -2.0)]
+    slides = simulate_slides(tmp_path, sections=1, spots=64, genes=64, mechanisms=chosen)
+    truth = pd.read_csv(tmp_path / "truth.tsv", sep="\t")
+    assert list(truth) == ["gene_id", "driver", "effect"]
+    cp10k, counts = read_counts(tmp_path, slides)
+    signed = (cp10k - cp10k.mean()) * np.sign(truth["effect"].to_numpy())
+    nuclei, eosin, often, rare = (
+        signed.iloc[:, start : start + 16].mean(axis=1) for start in range(0, 64, 16)
+    )
+    product = (nuclei - nuclei.mean()) * (eosin - eosin.mean())
+    assert correlation(often, product) > 0.75
+    assert correlation(rare, product) > 0.6
+    assert abs(correlation(often, nuclei)) < 0.3
+    assert abs(correlation(often, eosin)) < 0.3
+    totals = counts.sum().to_numpy()
+    assert totals[48:].mean() < 0.3 * totals[32:48].mean()
+
+
+def test_a_family_does_what_its_words_say(tmp_path):
+    words = ["chromatin", "chromatin+junction", "collagen", "secretion+mitosis"]
+    chosen = [Mechanism(f"family:{name}", 1, 0.8) for name in words]
+    chosen += [Mechanism("nuclei", 1, 0.8), Mechanism("eosin", 1, 0.8)]
+    slides = simulate_slides(tmp_path, sections=1, spots=64, genes=48, mechanisms=chosen)
+    truth = pd.read_csv(tmp_path / "truth.tsv", sep="\t")
+    assert (truth["effect"][:32] == 0.8).all()  # a text says nothing of a gene's sign
+    cp10k, _ = read_counts(tmp_path, slides)
+    z = (cp10k - cp10k.mean()) * np.sign(truth["effect"].to_numpy())
+    families = [z.iloc[:, i : i + 8].mean(axis=1) for i in range(0, 32, 8)]
+    morphology = [z.iloc[:, i : i + 8].mean(axis=1) for i in range(32, 48, 8)]
+    morphology = [one / one.std() for one in morphology]
+    for name, values in zip(words, families, strict=True):
+        direction = np.sum([WORDS[word] for word in name.split("+")], axis=0)
+        assert correlation(values, direction @ np.stack(morphology)) > 0.85, name
+    text = pd.read_csv(tmp_path / "gene_text.tsv", sep="\t", keep_default_na=False)
+    assert list(text) == ["gene_id", "name", "synonyms", "family"]
+    assert text["gene_id"].tolist() == truth["gene_id"].tolist()
+    assert text["family"][24] == "secretion and mitosis"
+    assert text["family"][32] == ""
+    assert text["name"].is_unique
+    assert all(set(name.split()) <= set(OTHER_WORDS) for name in text["name"])
+    assert text["synonyms"].is_unique
+
+
+def test_patients_can_be_stained_alike():
+    stains = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
+    neither = np.cross(*stains) / np.linalg.norm(np.cross(*stains))
+    off = {}
+    for staining in (0.0, 1.0):
+        for patient in range(3):
+            image = simulate_section(9, (0, patient), 1, staining=staining).image
+            density = -np.log((image + 0.5) / 246)
+            length = np.linalg.norm(density, axis=-1)
+            hue = np.abs(density @ neither)[length > 0.4] / length[length > 0.4]
+            off.setdefault(staining, []).append(np.median(hue))
+    assert max(off[0.0]) < 0.005
+    assert max(off[1.0]) > 5 * max(off[0.0])
+
+
+def test_every_driver_can_be_asked_for_at_once(tmp_path):
+    chosen = [Mechanism(name, 1, 0.5) for name in (*DRIVERS, "family:lipid")]
+    simulate_slides(tmp_path, n_patients=1, sections=1, spots=9, genes=16, mechanisms=chosen)
+    truth = pd.read_csv(tmp_path / "truth.tsv", sep="\t")
+    assert truth["driver"].tolist() == [m.driver for m in chosen for _ in range(2)]

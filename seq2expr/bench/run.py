@@ -27,6 +27,7 @@ from seq2expr.yamlfile import format_yaml
 
 if TYPE_CHECKING:
     from seq2expr.bench.hescape import HescapeBenchmark
+    from seq2expr.bench.ideas import IdeasBenchmark
     from seq2expr.bench.spot_run import SpotBenchmark
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def benchmark(
         raise UserError("A benchmark starts its own processes; run it alone, with --jobs N.")
     out = Path(out)
     keys = read_yaml(protocol)
-    if "blocks" in keys or "encoders" in keys:
+    if {"blocks", "encoders", "ideas"} & set(keys):
         return _of_slides(protocol, data, root, systems, overrides, jobs, out)
     spec = load_protocol(protocol, overrides)
     check_folder(out, spec.name)
@@ -165,13 +166,21 @@ def _of_slides(
     overrides: Sequence[str],
     jobs: int,
     out: Path,
-) -> "SpotBenchmark | HescapeBenchmark":
-    # Both read this module.
+) -> "SpotBenchmark | HescapeBenchmark | IdeasBenchmark":
+    # All of them read this module.
     from seq2expr.bench.hescape import benchmark_hescape
     from seq2expr.bench.hescape_protocol import load_hescape
+    from seq2expr.bench.ideas import benchmark_ideas
+    from seq2expr.bench.ideas_protocol import load_ideas
     from seq2expr.bench.spot_run import benchmark_spots
 
-    if "encoders" in read_yaml(protocol):
+    keys = read_yaml(protocol)
+    if "ideas" in keys:
+        if data is not None:
+            raise UserError(f"The ideas of {protocol} simulate their slides; leave out --data.")
+        spec = load_ideas(protocol, overrides)
+        return benchmark_ideas(spec, systems=systems, at_once=jobs, out=out)
+    if "encoders" in keys:
         return benchmark_hescape(
             load_hescape(protocol, overrides, data=data),
             root=Path(root), systems=systems, at_once=jobs, out=out,

@@ -315,9 +315,10 @@ def _mean(maps: np.ndarray, step: int) -> np.ndarray:
     """Average maps [B, H, W, C] over squares of ``step`` pixels, rounded."""
     if step == 1:
         return maps
-    number, side, _, channels = maps.shape
-    cells = maps.reshape(number, side // step, step, side // step, step, channels)
-    return ((cells.sum((2, 4), dtype=np.uint32) + step**2 // 2) // step**2).astype(np.uint8)
+    # Adding slices is many times faster than a sum along axes of a few pixels.
+    rows = sum(maps[:, i::step].astype(np.uint32) for i in range(step))
+    cells = sum(rows[:, :, i::step] for i in range(step))
+    return ((cells + step**2 // 2) // step**2).astype(np.uint8)
 
 
 def _others(number: int, seed: int) -> np.ndarray:

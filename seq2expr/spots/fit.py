@@ -24,7 +24,7 @@ def fit_scalers(material: "SpotMaterial", geometry: SpotConfig) -> dict[str, Any
         fitted |= {"expression_mean": mean.tolist(), "expression_sd": sd.tolist()}
     inputs = list(reader.inputs.values())
     if geometry.sight.standardised and all(s.features is not None for s in inputs):
-        fitted |= _named("token", _moments(b.spot_tokens.numpy() for b in reader.batches(rows)))
+        fitted |= _named("token", _moments(_tokens(reader, rows)))
     if inputs[0].windows is not None or inputs[0].whole is not None:
         fitted |= _named("context", _moments(_context_tokens(reader, rows)))
     if inputs[0].boundary is not None:
@@ -74,13 +74,20 @@ def _named(name: str, moments: tuple[np.ndarray, np.ndarray]) -> dict[str, list[
     return {f"{name}_mean": mean.tolist(), f"{name}_sd": sd.tolist()}
 
 
+def _tokens(reader: SpotReader, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the tokens [n, P, D] of spots."""
+    for source, own in reader.by_slide(rows):
+        yield source.features.read(own)
+
+
 def _context_tokens(reader: SpotReader, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the tokens [n, D] of windows inside the picture, or else of the spots themselves."""
-    for batch in reader.batches(rows):
-        if batch.window_tokens is not None:
-            yield batch.window_tokens[batch.window_mask].numpy()
+    for source, own in reader.by_slide(rows):
+        if source.windows is None:
+            yield source.tokens[own]
         else:
-            yield batch.slide_tokens[batch.slide_row].numpy()
+            tokens, valid = source.windows.read(own, None)
+            yield tokens[valid]
 
 
 def _moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ class Windows(NamedTuple):
             turns = np.repeat(turns, index.shape[1])
         valid = index >= 0
         # A tile outside the picture reads some other one, and is set to 0.
-        tokens = self.features.read(np.maximum(index, 0).ravel(), turns).mean(axis=1)
+        tokens = _one_token(self.features.read(np.maximum(index, 0).ravel(), turns))
         return tokens.reshape(*index.shape, -1) * valid[..., None], valid
 
 
@@ -101,7 +101,12 @@ class SlideInputs:
     @cached_property
     def tokens(self) -> np.ndarray:
         """A token of every spot of the slide, float32 [N, D]."""
-        return self.whole.read(np.arange(len(self.whole))).mean(axis=1)
+        return _one_token(self.whole.read(np.arange(len(self.whole))))
+
+
+def _one_token(features: np.ndarray) -> np.ndarray:
+    """Return the mean of the tokens of each patch, [N, P, D] to [N, D]."""
+    return features[:, 0] if features.shape[1] == 1 else features.mean(axis=1)
 
 
 def open_inputs(

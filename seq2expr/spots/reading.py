@@ -65,6 +65,16 @@ class SpotReader:
             batch["auxiliary"] = torch.from_numpy(self.auxiliary[index])
         return batch
 
+    def by_slide(
+        self, index: np.ndarray, size: int = BATCH
+    ) -> Iterator[tuple[SlideInputs, np.ndarray]]:
+        """Yield the inputs of slides, with some of the spots asked for, by their row there."""
+        sources = list(self.inputs.values())
+        for number in dict.fromkeys(self.slides[index].tolist()):
+            own = self.rows[index[self.slides[index] == number]]
+            for start in range(0, len(own), size):
+                yield sources[number], own[start : start + size]
+
     def batches(self, index: np.ndarray, size: int = BATCH) -> Iterator[Batch]:
         """Yield batches of some rows, none of which crosses into another slide."""
         for number in dict.fromkeys(self.slides[index].tolist()):
