@@ -7,7 +7,7 @@ import pytest
 from seq2expr.dna.genome import Genome, decode
 from seq2expr.interpret import page
 from seq2expr.interpret.tables import read_scores
-from tests.test_cli import call, files, is_one_message  # noqa: F401
+from tests.test_cli import files, is_one_message  # noqa: F401
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_effects_alone_need_no_method(interpret, variants, tmp_path):
     assert left(tmp_path / "out") == ["variants.tsv"]
 
 
-def test_help_names_methods_and_options(call):  # noqa: F811
+def test_help_names_methods_and_options(call):
     answer = call("interpret", "--help")
     assert answer.code == 0
     for name in ("--method", "--delete", "--insert", "--variants", "--motifs", "--peaks"):
@@ -157,7 +157,7 @@ def test_a_file_in_the_place_of_the_folder(interpret, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_run_without_a_mask(call, world, trained, tmp_path):  # noqa: F811
+def test_a_run_without_a_mask(call, world, trained, tmp_path):
     found = world.simulation
     tracks = [
         part for name, path in found.tracks.items() for part in ("--track", f"{name}={path}")
