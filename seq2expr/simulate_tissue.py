@@ -14,6 +14,8 @@ import pandas as pd
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from seq2expr.stains import EOSIN, HAEMATOXYLIN
+
 MPP = 1.0
 """Scale of the images, µm per pixel."""
 
@@ -33,7 +35,7 @@ _NUCLEI_PER_UM2 = 0.004  # where they are densest
 _NUCLEUS_RADIUS = (3.0, 6.0)  # um
 _SIZED_RADIUS = (3.0, 7.5)  # um, of the smallest and the largest where size varies
 _COVERED = 0.25  # share of the tissue under nuclei where size varies
-_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])  # OD of H and E (Ruifrok)
+_STAINS = np.array([HAEMATOXYLIN, EOSIN])
 
 
 class Section(NamedTuple):

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from seq2expr.errors import UserError
 from seq2expr.image.tissue import otsu
+from seq2expr.stains import EOSIN, HAEMATOXYLIN
 
 CHANNELS = ("edge", "nuc_mask", "nuc_boundary")
 """What the maps show: the gradient of haematoxylin as a share of :data:`EDGE_FULL`, the share of
@@ -36,8 +37,7 @@ EXTRACTORS = {
 }
 """Extractors by name, and their classes."""
 
-# The vectors of seq2expr.model.colour, which this layer may not import.
-_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
+_STAINS = np.array([HAEMATOXYLIN, EOSIN])
 _LEVELS = -np.log((np.arange(256) + 1) / 256)  # optical density of a pixel value
 _BACKGROUND = 0.15  # optical density (length) below which a pixel is glass
 _TOP = 99.5  # percentile of the amounts up to which Otsu's classes are looked for

@@ -20,11 +20,7 @@ from seq2expr.model.encoders import (
     described,
     settings_of_encoder,
 )
-
-HAEMATOXYLIN = (0.650, 0.704, 0.286)
-EOSIN = (0.072, 0.990, 0.105)
-"""Optical densities of the stains by colour (Ruifrok & Johnston 2001, *Quantification of
-histochemical staining by color deconvolution*)."""
+from seq2expr.stains import EOSIN, HAEMATOXYLIN
 
 LEVELS = (0.1, 0.5, 0.9)
 BACKGROUND = 0.15

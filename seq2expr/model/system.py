@@ -105,13 +105,13 @@ class System(PreTrainedModel):
         """The system that holds the weights: of a wrapper, the wrapped one."""
         return self
 
-    def make_head(self, d_in: int) -> ExpressionHead:
-        """Make an expression head for the targets of the configuration."""
+    def make_head(self, d_in: int, **changes: Any) -> ExpressionHead:
+        """Make an expression head for the targets of the configuration, its settings changed."""
         config = self.config
         fitted = {"mean": config.target_mean, "sd": config.target_sd}
         fitted["weights"] = config.target_weight
         try:
-            return ExpressionHead(d_in, config.targets, **fitted, **(config.head or {}))
+            return ExpressionHead(d_in, config.targets, **fitted, **(config.head or {}) | changes)
         except TypeError as error:
             raise UserError(f"model.head: {error}.") from error
 

@@ -223,10 +223,7 @@ class DKAN(MultiScaleSystem):
 
     def make_branch_head(self) -> ExpressionHead:
         """Make the head of a branch, which has one vector for all genes."""
-        config = self.config
-        fitted = {"mean": config.target_mean, "sd": config.target_sd}
-        settings = config.head | {"kind": "linear", "weights": config.target_weight}
-        return ExpressionHead(config.width, config.targets, **fitted, **settings)
+        return self.make_head(self.config.width, kind="linear")
 
     def genes(self, asked: Tensor | None = None) -> Tensor:
         """Return the tokens of the genes of the run [G, D], or of texts that are asked [G', T]."""

@@ -22,7 +22,8 @@ from seq2expr.image.boundary import (
     split,
 )
 from seq2expr.image.patches import dihedral
-from seq2expr.model.colour import EOSIN, HAEMATOXYLIN, stains
+from seq2expr.model.colour import stains
+from seq2expr.stains import EOSIN, HAEMATOXYLIN
 
 VECTORS = np.array([HAEMATOXYLIN, EOSIN])
 
