@@ -39,6 +39,13 @@ _SHOWN = (
     *("rvd", "morans_i_error", "gene_gene_structure"),
 )
 
+_LINEAGE = (
+    "lineage.tsv holds the metrics as the papers of TRIPLEX, BG-TRIPLEX and DKAN define them, on "
+    "the genes in the panels of all folds. It is for comparison with those definitions and for "
+    "nothing else (pcc_h_on_test takes the genes that are predicted best where it is tested), and "
+    "no published table was made by the protocol of this page."
+)
+
 
 def section_dots(found: BlockFound) -> Figure:
     """Draw every row with its interval and its value in each section, one panel a subset.
@@ -136,6 +143,7 @@ def write_report(result: "SpotBenchmark") -> None:
     )
     for found in result.blocks.values():
         _write_block(report, found, result)
+    report.text(_LINEAGE)
     report.section("Rows")
     report.table(_rows(result), "How each row is made.")
     if len(result.failed):

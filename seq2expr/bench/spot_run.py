@@ -1,7 +1,7 @@
 """Run a protocol of slides: rows, blocks, folds and seeds become one table a block."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from seq2expr.bench.run import check_folder
 from seq2expr.bench.spot_grid import OpenBlock, encode, lay_out
 from seq2expr.bench.spot_jobs import SpotJob
 from seq2expr.bench.spot_protocol import SpotProtocol
+from seq2expr.bench.spot_scoring import as_text
 from seq2expr.bench.spot_standings import BlockFound, judge
 from seq2expr.errors import UserError
 from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.plot import save
+from seq2expr.spots.lineage import mean_sd, most_expressed, most_variable, of_folds, score_slide
+from seq2expr.spots.metrics import MSE
 from seq2expr.store import write_text
 from seq2expr.yamlfile import format_yaml
 
@@ -83,8 +86,9 @@ def benchmark_spots(
         Runs at a time.
     out
         Folder for ``<block>.tsv``, ``<block>.metrics.tsv``, ``<block>.scores.tsv`` and
-        ``<block>.png`` of each block, ``report.html``, ``protocol.yaml`` (as it was run) and
-        ``runs/``. Failed runs stand in ``<out>.skipped.tsv``.
+        ``<block>.png`` of each block, ``lineage.tsv`` (metrics as papers define them),
+        ``report.html``, ``protocol.yaml`` (as it was run) and ``runs/``. Failed runs stand in
+        ``<out>.skipped.tsv``.
 
     Raises
     ------
@@ -202,5 +206,40 @@ def _write(result: SpotBenchmark) -> None:
         write_tsv(result.out / f"{name}.metrics.tsv", found.metrics)
         write_tsv(result.out / f"{name}.scores.tsv", found.scores)
         save(section_dots(found), result.out / name, ("png",))
+    subset = result.protocol.subsets[0]
+    lineage = [_lineage(found, subset) for found in result.blocks.values()]
+    write_tsv(result.out / "lineage.tsv", pd.concat(lineage))
     write_skipped(result.out, result.failed)
     write_report(result)
+
+
+def _lineage(found: BlockFound, subset: str) -> pd.DataFrame:
+    """Compute the metrics of :mod:`seq2expr.spots.lineage`, means over seeds.
+
+    They need one list of genes, and have those in the panels of all folds. What was not predicted
+    in every section is left out.
+    """
+    panels = [pd.Index(found.block.folds[one.fold].panel.genes) for one in found.sections]
+    genes = [gene for gene in panels[0] if all(gene in panel for panel in panels)]
+
+    def of_genes(values: Iterable[np.ndarray]) -> list[np.ndarray]:
+        return [v[:, p.get_indexer(genes)] for v, p in zip(values, panels, strict=True)]
+
+    sections, folds = zip(*((one.section, one.fold) for one in found.sections), strict=True)
+    truths = of_genes(section.truth for section in sections)
+    sets = {"expressed": most_expressed(truths), "variable": most_variable(truths)}
+    rows = []
+    for key in found.sections[0].scores[subset, MSE]:
+        if not all(as_text(key) in section.predicted for section in sections):
+            continue
+        predicted = of_genes(section.predicted[as_text(key)] for section in sections)
+        slides = [score_slide(*pair) for pair in zip(truths, predicted, strict=True)]
+        row = {"block": found.block.name, "row": key[0]}
+        row |= {"n_genes": len(genes), "n_folds": len(set(folds))}
+        for metric, values in of_folds(slides, folds, **sets).items():
+            row[metric], row[f"{metric}_sd"] = mean_sd(values)
+        rows.append(row)
+    by = ["block", "row", "n_genes", "n_folds"]
+    seeds = pd.DataFrame(rows).groupby(by, sort=False, as_index=False)
+    # A row for which one seed has no value has none: the others alone would look better.
+    return seeds.agg(lambda values: values.mean(skipna=False))

@@ -102,7 +102,7 @@ def score_fold(
             slide_id=name,
             patient_id=part.slide.patient,
             truth=part.targets,
-            predicted={_as_text(key): values for key, values in answers.items()},
+            predicted={as_text(key): values for key, values in answers.items()},
             xy_um=rows.xy_um[where],
             layout=part.slide.layout,
             grid=rows.grid[where],
@@ -117,14 +117,14 @@ def score_fold(
             n_boot=protocol.n_boot,
             seed=np.random.SeedSequence([first + number]),
         )
-        keys = {_as_text(key): key for key in answers}
+        keys = {as_text(key): key for key in answers}
         nested: dict[tuple[str, str], dict[Key, Score]] = {}
         for (subset, key, metric), one in scores.items():
             nested.setdefault((subset, metric), {})[keys.get(key, (key, None))] = one
         yield SectionFound(fold.fold.number, section, nested)
 
 
-def _as_text(key: Key) -> str:
+def as_text(key: Key) -> str:
     """Name a prediction for the scoring, which knows no seeds."""
     name, seed = key
     return name if seed is None else f"{name} (seed {seed})"

@@ -225,6 +225,35 @@ def test_files_are_written(done):
     assert kept["made_from"]["other"]["folds"][0]["train"] == {"B1": 36}
 
 
+def test_metrics_of_the_papers_stand_beside(slides, done):
+    table = pd.read_csv(done.out / "lineage.tsv", sep="\t").set_index(["block", "row"])
+    assert [*table.loc["own"].index] == ["nsl", "linear", *FITTED["own"], *ORACLES]
+    assert [*table.loc["other"].index] == ["nsl", *FITTED["other"], *ORACLES]
+    genes = [set(fold.panel.genes) for fold in done.blocks["other"].block.folds]
+    genes = sorted(genes[0] & genes[1])
+    by_seed = []
+    for seed in (0, 1):
+        folds = []
+        for fold, slide in enumerate(SECTIONS["other"]):
+            (predicted,) = predictions(done, f"other/nsl/fold{fold}_seed{seed}").values()
+            predicted = predicted[genes]
+            truth = truth_of(slides, slide, genes).loc[predicted.index]
+            r = [scipy.stats.pearsonr(truth[g], predicted[g]).statistic for g in genes]
+            folds.append((np.mean(r), ((truth - predicted) ** 2).to_numpy().mean()))
+        by_seed.append([*np.mean(folds, axis=0), *np.std(folds, axis=0)])
+    nsl = table.loc[("other", "nsl")]
+    found = nsl[["pcc_m", "mse", "pcc_m_sd", "mse_sd"]].to_numpy(float)
+    np.testing.assert_allclose(found, np.mean(by_seed, axis=0), rtol=1e-6)
+    assert nsl["n_folds"] == 2
+    assert nsl["n_genes"] == len(genes) < 50
+    # So few genes are all among the best fifty.
+    assert nsl["pcc_h_on_test"] == pytest.approx(nsl["pcc_m"], abs=1e-12)
+    constant = table.loc[("other", "train_mean")]
+    assert np.isnan(constant["pcc_m"])
+    assert constant["mae"] > 0
+    assert "no published table was made by the protocol of this page" in done.report.read_text()
+
+
 def test_a_figure_has_a_line_for_every_entry(done):
     figure = section_dots(done.blocks["own"])
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
