@@ -10,12 +10,14 @@ from torch import nn
 
 from seq2expr.image.boundary_store import BoundarySpec, BoundaryStore, open_boundary
 from seq2expr.image.patches import PatchSpec, PatchStore, open_patches
+from seq2expr.image.scale import NO_INDEX
 from seq2expr.image.tiles import TileStore, open_tiles, tile_order
 from seq2expr.learn.feature_store import FeatureStore, open_features
 from seq2expr.model.encoders import PatchEncoder, build_encoder
 from seq2expr.model.spot_system import SpotConfig
 from seq2expr.model.system import is_added
 from seq2expr.spots.data import SpotSlide
+from seq2expr.spots.splits import spot_pitch
 
 TURNS = 8
 """Ways to turn and flip a square."""
@@ -102,6 +104,19 @@ class SlideInputs:
     def tokens(self) -> np.ndarray:
         """A token of every spot of the slide, float32 [N, D]."""
         return _one_token(self.whole.read(np.arange(len(self.whole))))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Column and row of every spot of the slide, int64 [N, 2].
+
+        Those of the array, of hexagons (which Visium counts in half columns) in whole columns;
+        without an array, in steps of the pitch.
+        """
+        slide = self.slide
+        if (slide.grid == NO_INDEX).any():
+            pitch = max(spot_pitch(slide.xy), 1.0) if len(slide.xy) > 1 else 1.0  # in pixels
+            return np.rint((slide.xy - slide.xy.min(axis=0)) / pitch).astype(np.int64)
+        return slide.grid // (2, 1) if slide.layout == "hex" else slide.grid
 
 
 def _one_token(features: np.ndarray) -> np.ndarray:

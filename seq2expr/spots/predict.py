@@ -20,7 +20,7 @@ from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
 from seq2expr.spots.data import SpotSlide
 from seq2expr.spots.inputs import keeps_features, open_inputs
-from seq2expr.spots.reading import SpotReader
+from seq2expr.spots.reading import BATCH, SpotReader
 from seq2expr.spots.request import open_request
 from seq2expr.store import digest, file_digest, publish
 from seq2expr.text.bank import GeneBank
@@ -32,6 +32,9 @@ ENDINGS = (".h5ad",)
 """What the name of predictions of spots ends in."""
 
 _OBS = ["slide_id", "patient_id", "array_row", "array_col", "in_tissue"]
+
+LARGE_BATCH = 512
+"""Spots of a batch where each reads its whole slide anew."""
 
 PREDICTED = "predicted"
 """Layer of the predictions; further answers are ``predicted_<name>``."""
@@ -90,7 +93,8 @@ class SpotPredictor:
         """Yield the answers for some rows, a batch at a time, on the CPU."""
         device = next(iter(self.model.state_dict().values())).device
         vectors = None if self.new is None else torch.from_numpy(self.new.vectors).to(device)
-        for batch in self.reader.batches(rows):
+        whole = "slide_tokens" in members_in(self.model)[0].config.reads
+        for batch in self.reader.batches(rows, LARGE_BATCH if whole else BATCH):
             fields = fields_on(batch, device)
             with torch.inference_mode():
                 answer = self.model(**fields)

@@ -134,7 +134,7 @@ class SpotReader:
         offsets = np.cumsum([0, *(len(source.tokens) for source in shown)])
         return {
             "slide_tokens": np.concatenate([source.tokens for source in shown]),
-            "slide_grid": np.concatenate([source.slide.grid for source in shown]),
+            "slide_grid": np.concatenate([source.places for source in shown]),
             "slide_offsets": offsets,
             "slide_row": offsets[place] + self.rows[index],
         }

@@ -95,3 +95,21 @@ def test_slides_are_packed_once_each(opened):
     torch.testing.assert_close(
         alone.slide_tokens[alone.slide_row], batch.slide_tokens[batch.slide_row[:1]]
     )
+
+
+def test_spots_without_an_array_lie_in_steps_of_their_pitch(opened):
+    reader, _, data = opened(use_window=False)
+    source, slide = reader.inputs["A1"], data.slides["A1"]
+    array = source.places
+    np.testing.assert_array_equal(array, slide.grid)
+    slide.adata.obs[["array_col", "array_row"]] = -1
+    del slide.__dict__["grid"], source.__dict__["places"]
+    np.testing.assert_array_equal(source.places - source.places[0], array - array[0])
+
+
+def test_hexagons_are_counted_in_whole_columns(opened):
+    reader, _, data = opened(use_window=False)
+    source, slide = reader.inputs["A1"], data.slides["A1"]
+    slide.adata.uns["seq2expr"]["layout"] = "hex"
+    np.testing.assert_array_equal(source.places[:, 0], slide.grid[:, 0] // 2)
+    np.testing.assert_array_equal(source.places[:, 1], slide.grid[:, 1])

@@ -186,7 +186,7 @@ def test_other_spots_do_not_matter(slides, run, expected, tmp_path):
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_the_size_of_batches_does_not_matter(slides, run, expected, monkeypatch, size):
     original = SpotReader.batches
-    monkeypatch.setattr(SpotReader, "batches", lambda self, rows: original(self, rows, size))
+    monkeypatch.setattr(SpotReader, "batches", lambda self, rows, _: original(self, rows, size))
     found = slides.predict(run).adata
     for layer in expected.layers:
         np.testing.assert_allclose(
