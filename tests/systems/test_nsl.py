@@ -96,7 +96,7 @@ def test_density_is_read_as_it_is_whatever_was_fitted():
     want = answer(make(), batch)
     fitted = make(token_mean=[0.4] * 3, token_sd=[0.1] * 3)
     assert torch.equal(answer(fitted, batch), want)
-    assert not NSL.standardised
+    assert not NSL.config_class.standardised
     assert fitted.config.token_mean is None
 
 
