@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seq2expr.errors import UserError
 from seq2expr.model.encoders import (
     IMAGENET,
     PatchEncoder,
@@ -26,8 +25,7 @@ from seq2expr.model.encoders import (
     seeded,
     settings_of_encoder,
 )
-from seq2expr.model.hub import load_published, read_weights, weights_file
-from seq2expr.store import file_digest
+from seq2expr.model.hub import load_published, read_weights, resolve_weights, resolved_file
 
 BLOCKS = (6, 12, 24, 16)
 GROWTH = 32
@@ -135,17 +133,15 @@ class DenseNetEncoder(PatchEncoder):
         for name in ("final_relu", "train"):
             check_choice(name, given[name], (True, False))
         given |= colours_of(given, IMAGENET)
-        random = given["weights"] == "random"
-        source = None if random else weights_file(given["weights"])
-        weights = {"seed": given["seed"]} if random else {"weights": file_digest(source)}
+        name, known = resolve_weights(given["weights"], given["seed"])
         flags = {name: given[name] for name in ("px", "mean", "std", "final_relu", "pool")}
         side = math.ceil(given["px"] / 4) // 8
         return {
             **given,
-            "weights": "random" if random else str(source),
+            "weights": name,
             "layout": {"tokens": 1 if given["pool"] == "mean" else side**2, "width": WIDTH},
-            "stored": random or given["train"],
-            "fingerprint": weights | flags,
+            "stored": name == "random" or given["train"],
+            "fingerprint": known | flags,
         }
 
     @classmethod
@@ -156,13 +152,7 @@ class DenseNetEncoder(PatchEncoder):
             with seeded(resolved["seed"]):
                 encoder.features = densenet121()
         if weights and resolved["weights"] != "random":
-            path = Path(resolved["weights"])
-            if not path.is_file() or file_digest(path) != resolved["fingerprint"]["weights"]:
-                raise UserError(
-                    f"{path} does not hold the weights of DenseNet-121 that were used before. Put "
-                    "them back, or name them again in model.encoder."
-                )
-            load_weights(encoder.features, path)
+            load_weights(encoder.features, resolved_file(resolved, what="DenseNet-121"))
         return encoder
 
     def encode(self, patch: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
+from seq2expr.store import file_digest
 
 
 def is_hub_id(name: str) -> bool:
@@ -99,6 +101,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({type(error).__name__}). Give a .safetensors file "
             "or a .pth file that holds tensors only."
         ) from error
+
+
+def resolve_weights(
+    weights: str, seed: int, *, find: Callable[[str], Path] = weights_file
+) -> tuple[str, dict[str, str | int]]:
+    """Name weights that are ``random`` or in a file, and say what tells them apart from others."""
+    if weights == "random":
+        return weights, {"seed": seed}
+    source = find(str(weights))
+    return str(source), {"weights": file_digest(source)}
+
+
+def resolved_file(resolved: Mapping[str, Any], *, what: str) -> Path:
+    """Return the file of weights of a resolved encoder, which must be the one that was resolved.
+
+    Raises
+    ------
+    UserError
+        When it is not there, or holds something else.
+    """
+    path = Path(resolved["weights"])
+    if not path.is_file() or file_digest(path) != resolved["fingerprint"]["weights"]:
+        raise UserError(
+            f"{path} does not hold the weights of {what} that were used before. Put them back, or "
+            "name them again in model.encoder."
+        )
+    return path
 
 
 def load_published(

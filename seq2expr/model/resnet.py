@@ -22,9 +22,15 @@ from seq2expr.model.encoders import (
     seeded,
     settings_of_encoder,
 )
-from seq2expr.model.hub import is_hub_id, load_published, read_weights, weights_file
+from seq2expr.model.hub import (
+    is_hub_id,
+    load_published,
+    read_weights,
+    resolve_weights,
+    resolved_file,
+    weights_file,
+)
 from seq2expr.model.vision import VisionEncoder, pooled
-from seq2expr.store import file_digest
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -87,17 +93,15 @@ class ResNetEncoder(VisionEncoder):
         check_choice("pool", given["pool"], ("tokens", "mean"))
         check_choice("train", given["train"], (True, False))
         given |= colours_of(given, IMAGENET)
-        random = given["weights"] == "random"
-        source = None if random else _source(str(given["weights"]))
-        weights = {"seed": given["seed"]} if random else {"weights": file_digest(source)}
+        name, known = resolve_weights(given["weights"], given["seed"], find=_source)
         flags = {name: given[name] for name in ("px", "mean", "std", "pool")}
         tokens = 1 if given["pool"] == "mean" else math.ceil(given["px"] / 32) ** 2
         return {
             **given,
-            "weights": "random" if random else str(source),
+            "weights": name,
             "layout": {"tokens": tokens, "width": WIDTHS[-1]},
-            "stored": random or given["train"],
-            "fingerprint": weights | flags,
+            "stored": name == "random" or given["train"],
+            "fingerprint": known | flags,
         }
 
     @classmethod
@@ -108,13 +112,7 @@ class ResNetEncoder(VisionEncoder):
             with seeded(resolved["seed"]):
                 encoder.network = resnet18()
         if weights and resolved["weights"] != "random":
-            path = Path(resolved["weights"])
-            if not path.is_file() or file_digest(path) != resolved["fingerprint"]["weights"]:
-                raise UserError(
-                    f"{path} does not hold the weights of ResNet-18 that were used before. Put "
-                    "them back, or name them again in model.encoder."
-                )
-            load_weights(encoder.network, path)
+            load_weights(encoder.network, resolved_file(resolved, what="ResNet-18"))
         return encoder
 
     @staticmethod

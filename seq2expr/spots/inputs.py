@@ -9,21 +9,16 @@ import numpy as np
 from torch import nn
 
 from seq2expr.image.boundary_store import BoundarySpec, BoundaryStore, open_boundary
-from seq2expr.image.patches import PatchSpec, PatchStore, open_patches
+from seq2expr.image.patches import TURNS, PatchSpec, PatchStore, open_patches
 from seq2expr.image.scale import NO_INDEX
 from seq2expr.image.tiles import TileStore, open_tiles, tile_order
 from seq2expr.learn.feature_store import FeatureStore, open_features
 from seq2expr.model.encoders import PatchEncoder, build_encoder
+from seq2expr.model.multiscale import SIDE
 from seq2expr.model.spot_system import SpotConfig
 from seq2expr.model.system import is_added
 from seq2expr.spots.data import SpotSlide
 from seq2expr.spots.splits import spot_pitch
-
-TURNS = 8
-"""Ways to turn and flip a square."""
-
-WINDOW = 5
-"""Tiles along a side of a window."""
 
 
 def keeps_features(*encoders: PatchEncoder) -> bool:
@@ -189,7 +184,7 @@ class _Context:
         reads = () if self.sight is None else self.sight.reads
         if "window_tokens" in reads:
             tiles = open_tiles(
-                slide.image, slide.xy, spec=self._tile, grid=WINDOW, **self._on(slide)
+                slide.image, slide.xy, spec=self._tile, grid=SIDE, **self._on(slide)
             )
             features = open_features(self.encoder, tiles.patches, turns=self.turns)
             found["windows"] = Windows(tiles, features)
@@ -207,7 +202,7 @@ class _Context:
             slide.image,
             slide.xy,
             spec=BoundarySpec(sight.patch_um, sight.boundary_mpp, sight.boundary_window_mpp),
-            window=WINDOW,
+            window=SIDE,
             extractor=sight.boundary_extractor,
             shuffled=sight.boundary_shuffle,
             allow_coarse=sight.allow_coarse,

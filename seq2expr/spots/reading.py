@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from seq2expr.image.patches import TURNS
 from seq2expr.model.batch import Batch
-from seq2expr.spots.inputs import TURNS, SlideInputs
+from seq2expr.spots.inputs import SlideInputs
 
 BATCH = 64
 """Spots of a batch where its size does not matter."""
@@ -70,17 +71,13 @@ class SpotReader:
     ) -> Iterator[tuple[SlideInputs, np.ndarray]]:
         """Yield the inputs of slides, with some of the spots asked for, by their row there."""
         sources = list(self.inputs.values())
-        for number in dict.fromkeys(self.slides[index].tolist()):
-            own = self.rows[index[self.slides[index] == number]]
-            for start in range(0, len(own), size):
-                yield sources[number], own[start : start + size]
+        for piece in self._pieces(index, size):
+            yield sources[self.slides[piece[0]]], self.rows[piece]
 
     def batches(self, index: np.ndarray, size: int = BATCH) -> Iterator[Batch]:
         """Yield batches of some rows, none of which crosses into another slide."""
-        for number in dict.fromkeys(self.slides[index].tolist()):
-            own = index[self.slides[index] == number]
-            for start in range(0, len(own), size):
-                yield self.batch(own[start : start + size])
+        for piece in self._pieces(index, size):
+            yield self.batch(piece)
 
     def shuffled(
         self, index: np.ndarray, size: int, random: np.random.Generator
@@ -89,6 +86,13 @@ class SpotReader:
         index = random.permutation(index)
         for start in range(0, len(index), size):
             yield self.batch(index[start : start + size])
+
+    def _pieces(self, index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Cut some rows into pieces of one slide each."""
+        for number in dict.fromkeys(self.slides[index].tolist()):
+            own = index[self.slides[index] == number]
+            for start in range(0, len(own), size):
+                yield own[start : start + size]
 
     def _read(self, index: np.ndarray, turns: np.ndarray | None) -> dict[str, np.ndarray]:
         """Read the fields that come from slides, in the order of ``index``."""

@@ -25,11 +25,12 @@ from seq2expr.learn.runs import is_finished, quiet
 from seq2expr.learn.task import MemberRows, Task, save_system, train_members
 from seq2expr.model.batch import Batch
 from seq2expr.model.encoders import PatchEncoder, build_encoder
+from seq2expr.model.multiscale import SIDE
 from seq2expr.model.spot_system import SpotConfig, SpotSystem
 from seq2expr.model.system import check_settings, system_class
 from seq2expr.spots.data import SpotData, open_spots
 from seq2expr.spots.fit import fit_scalers, scaling
-from seq2expr.spots.inputs import WINDOW, SlideInputs, keeps_features, open_inputs
+from seq2expr.spots.inputs import SlideInputs, keeps_features, open_inputs
 from seq2expr.spots.reading import SpotCollator, SpotReader, index_table
 from seq2expr.spots.texts import FOLDER, open_bank
 from seq2expr.store import write_text
@@ -236,7 +237,7 @@ def open_material(
     system = spot_system(config.system)
     data = open_spots(config.data, root)
     sight = geometry.sight
-    seen = WINDOW if "window_tokens" in sight.reads else 1
+    seen = SIDE if "window_tokens" in sight.reads else 1
     leaks = data.leaks + data.check_overlap(sight.patch_um * seen)
     panel = data.fit_panel(config.data.panel, root)
     others = data.other_genes(panel) if geometry.reads_auxiliary else None

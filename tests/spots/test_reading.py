@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from seq2expr.image.patches import PatchSpec, dihedral
+from seq2expr.image.patches import TURNS, PatchSpec, dihedral
 from seq2expr.model.encoders import build_encoder, resolve_encoder
 from seq2expr.schema import SpotDataConfig
 from seq2expr.spots.data import open_spots
-from seq2expr.spots.inputs import TURNS, open_inputs
+from seq2expr.spots.inputs import open_inputs
 from seq2expr.spots.reading import SpotCollator, SpotReader, index_table
 from tests.slides import SPOTS
 
