@@ -1,5 +1,6 @@
-"""One progress bar for all long work: main process only, silent when nobody watches."""
+"""What is said during long work: a progress bar where somebody watches, no idle reports."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -38,3 +39,16 @@ def progress(
 
     hidden = not wants_progress()
     yield from tqdm(items, desc=what, total=total, unit=unit, disable=hidden, leave=False)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from listing what is left out: the output layer, layers not asked for."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,9 +1,8 @@
 """Models of the hub that others trained: found in a directory, in the hub's cache, or fetched."""
 
-import contextlib
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
 from seq2expr.store import file_digest
@@ -170,14 +168,3 @@ def load_published(
             f"of another shape, such as {wrong[0]}. Check the file."
         )
     network.load_state_dict({name: found.get(published(name), wanted[name]) for name in wanted})
-
-
-@contextlib.contextmanager
-def no_report() -> Iterator[None]:
-    """Keep transformers from listing what is left out: the output layer, layers not asked for."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)

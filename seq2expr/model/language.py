@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from seq2expr.errors import UserError
-from seq2expr.model.hub import no_report
+from seq2expr.progress import quiet_transformers
 from seq2expr.text.tokens import left_padded
 
 _MIB = 2**20
@@ -306,7 +306,7 @@ def open_language(
             return AutoModel.from_config(config, dtype=getattr(torch, dtype))
     known = {"config": config, "revision": revision or "main", "dtype": getattr(torch, dtype)}
     try:
-        with no_report():
+        with quiet_transformers():
             body, found = AutoModel.from_pretrained(name, output_loading_info=True, **known)
     except (OSError, ValueError) as error:
         raise _absent(name, error) from error

@@ -26,7 +26,8 @@ from seq2expr.model.encoders import (
     seeded,
     settings_of_encoder,
 )
-from seq2expr.model.hub import fetch_model, no_report
+from seq2expr.model.hub import fetch_model
+from seq2expr.progress import quiet_transformers
 from seq2expr.store import file_digest
 
 POOLS = ("cls", "mean", "cls+mean", "pooler", "tokens")
@@ -290,7 +291,7 @@ def _same_source(resolved: Mapping[str, Any]) -> Path:
 
 def _load(source: Path, config: PreTrainedConfig, pool: str) -> nn.Module:
     try:
-        with no_report():
+        with quiet_transformers():
             network, found = AutoModel.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True
             )

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from seq2expr.errors import UserError
-from seq2expr.progress import progress
+from seq2expr.progress import progress, quiet_transformers
 
 Pooling = Literal["mean", "cls"]
 POOLINGS = ("mean", "cls")
@@ -125,12 +124,11 @@ def open_again(identity: Mapping[str, Any], name: str, revision: str | None) -> 
 
 
 def _open(name: str, revision: str | None) -> PreTrainedModel:
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # or it lists the output layers that are left out
     try:
-        model, found = AutoModel.from_pretrained(
-            name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
-        )
+        with quiet_transformers():
+            model, found = AutoModel.from_pretrained(
+                name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
+            )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
@@ -138,8 +136,6 @@ def _open(name: str, revision: str | None) -> PreTrainedModel:
             "transformers model, download one where there is a connection (hf download NAME), or "
             "take encoder tfidf."
         ) from error
-    finally:
-        hf_logging.set_verbosity(before)
     # The pooler is none of ours, and many models are saved without one.
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
     if missing:

@@ -1,6 +1,5 @@
 """Families of genes: of HGNC, of a user's table; for the mouse those of human orthologues."""
 
-import csv
 import os
 import re
 from collections import Counter
@@ -11,9 +10,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from seq2expr.dna.genes import unversioned
-from seq2expr.errors import UserError
 from seq2expr.store import file_digest
-from seq2expr.text.tables import ID_COLUMNS
+from seq2expr.text.tables import ID_COLUMNS, read_cells
 
 Tables = str | os.PathLike | Sequence[str | os.PathLike]
 """One or several tables of gene descriptions."""
@@ -179,18 +177,4 @@ def _parts(cell: str) -> tuple[str, ...]:
 def _columns(path: Path, *, n_rows: int | None = None, extra: str | None = None) -> pd.DataFrame:
     """Read the columns of ids and families, all cells as text."""
     file_digest(path)  # a file that is not there is refused with the remedy
-    try:
-        return pd.read_csv(
-            path,
-            sep="\t",
-            dtype=str,
-            quoting=csv.QUOTE_NONE,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            usecols=lambda name: name in _READ or name == extra,
-            nrows=n_rows,
-        ).fillna("")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"Cannot read the gene texts {path}: {error}. Give a tab-separated table."
-        ) from error
+    return read_cells(path, usecols=lambda name: name in _READ or name == extra, nrows=n_rows)

@@ -256,12 +256,12 @@ def _source(path: Path, table: _Table, matched: int, repeated: int) -> SourceFil
 
 def _read(path: Path, id_column: str | None) -> _Table:
     """Read the columns that count of a table, all cells as text."""
-    if _SGD_ROW.match("\t".join(_cells(path, header=None, nrows=1).iloc[0])):
-        raw = _cells(path, header=None, names=_SGD_COLUMNS)
+    if _SGD_ROW.match("\t".join(read_cells(path, header=None, nrows=1).iloc[0])):
+        raw = read_cells(path, header=None, names=_SGD_COLUMNS)
         # A part of a gene, such as an exon, has no systematic name of its own.
         raw = raw[raw["systematic"].str.strip() != ""].reset_index(drop=True)
         return _Table(raw.apply(_clean), _SGD)
-    raw = _cells(path)
+    raw = read_cells(path)
     columns = list(raw.columns)
     layout = _layout(path, columns, id_column)
     if not isinstance(raw.index, pd.RangeIndex):  # what pandas makes of a cell without a header
@@ -271,7 +271,11 @@ def _read(path: Path, id_column: str | None) -> _Table:
     return _Table(raw[[name for name in columns if name in layout.columns]].apply(_clean), layout)
 
 
-def _cells(path: Path, **options: Any) -> pd.DataFrame:
+def read_cells(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a tab-separated table, all cells as text, ``""`` where nothing stands (``UserError``).
+
+    Further ``options`` are those of ``pandas.read_csv``.
+    """
     options |= {"dtype": str, "quoting": csv.QUOTE_NONE, "keep_default_na": False}
     try:
         return pd.read_csv(path, sep="\t", encoding="utf-8-sig", **options).fillna("")
