@@ -7,6 +7,7 @@ follows the mode of the module, so that an answer in evaluation is the same ever
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from seq2expr.errors import UserError
 
@@ -102,7 +103,26 @@ class FeedForward(nn.Sequential):
         )
 
 
-class Block(nn.Module):
+class Checkpointed(nn.Module):
+    """A layer that can forget what it makes inside and make it again for the gradient.
+
+    Subclasses implement ``read``; ``checkpointing`` is set on the layer once it is made.
+    """
+
+    checkpointing: bool = False
+
+    def forward(self, *inputs: Tensor | None, **further: Tensor | None) -> Tensor:
+        """Read, and keep what is inside or not."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.read, *inputs, use_reentrant=False, **further)
+        return self.read(*inputs, **further)
+
+    def read(self, *inputs: Tensor | None) -> Tensor:
+        """Read (each layer's own)."""
+        raise NotImplementedError
+
+
+class Block(Checkpointed):
     """Attention among tokens and a feed-forward layer, each added to what it reads.
 
     Parameters
@@ -124,13 +144,13 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, dropout, bias_grid)
         self.feed = FeedForward(width, mlp_ratio, dropout)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read tokens [B, P, D], of which a mask [B, P] says which are seen."""
         tokens = tokens + self.attention(self.norm(tokens), mask=mask)
         return tokens + self.feed(tokens)
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Checkpointed):
     """Attention of queries to keys and a feed-forward layer, each added to the queries.
 
     Parameters
@@ -145,7 +165,7 @@ class CrossBlock(nn.Module):
         self.attention = Attention(width, heads, dropout)
         self.feed = FeedForward(width, mlp_ratio, dropout)
 
-    def forward(self, query: Tensor, key_value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def read(self, query: Tensor, key_value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read keys [B, K, D] by queries [B, Q, D]; a mask [B, K] says which keys are seen."""
         query = query + self.attention(self.norm(query), self.norm(key_value), mask)
         return query + self.feed(query)

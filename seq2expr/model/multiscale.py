@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2expr.errors import UserError
-from seq2expr.model.attention import Block, CrossEncoder
+from seq2expr.model.attention import Block, Checkpointed, CrossEncoder
 from seq2expr.model.grid_conv import GridConv
 
 SIDE = 5
@@ -85,6 +85,8 @@ class MultiScale(nn.Module):
         Sizes of the parts. The blocks of the slide include the one before the convolution.
     use_window, use_slide
         Whether there are these parts.
+    checkpointing
+        Keep nothing that is inside the blocks, and make it again for the gradient.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class MultiScale(nn.Module):
         window: Sizes,
         use_window: bool = True,
         use_slide: bool = True,
+        checkpointing: bool = False,
     ):
         super().__init__()
         self.spot_in = _to_width(d_spot, width)
@@ -107,6 +110,9 @@ class MultiScale(nn.Module):
             width, fusion.depth, fusion.heads, fusion.mlp_ratio, fusion.dropout
         )
         self.fusion_norm = nn.LayerNorm(width)
+        for layer in self.modules():
+            if isinstance(layer, Checkpointed):
+                layer.checkpointing = checkpointing
 
     def spot(self, tokens: Tensor) -> Tensor:
         """Bring the tokens of spots [B, P, d_spot] to [B, P, d]."""

@@ -52,6 +52,9 @@ class MultiScaleConfig(SpotConfig):
         targets, so that genes that vary more count more.
     scale_features
         Bring the features of frozen encoders to mean 0 and spread 1 over training spots.
+    checkpointing
+        Keep nothing that is inside the blocks of the trunk, and make it again for the gradient:
+        less memory, more time.
     context_mean, context_sd
         Of each feature of the context encoder over training spots [D].
     """
@@ -70,6 +73,7 @@ class MultiScaleConfig(SpotConfig):
     distil: float = 0.3
     scale_targets: bool = True
     scale_features: bool = True
+    checkpointing: bool = False
     context_mean: list[float] | None = None
     context_sd: list[float] | None = None
 
@@ -182,7 +186,8 @@ class MultiScaleSystem(SpotSystem):
             mean, sd = config.context_mean, config.context_sd
             self.register_buffer("context_mean", torch.tensor(mean or [0.0] * d_context))
             self.register_buffer("context_sd", torch.tensor(sd or [1.0] * d_context))
-        parts = {"use_window": config.use_window, "use_slide": config.use_slide}
+        names = ("use_window", "use_slide", "checkpointing")
+        parts = {name: getattr(config, name) for name in names}
         self.trunk = MultiScale(d_spot, d_context, config.width, **config.sizes, **parts)
         return self.trunk
 

@@ -83,7 +83,7 @@ class DKANConfig(MultiScaleConfig):
         A fixed w_c from 0 to 1, in place of that which follows the losses; 0: no contrast, and no
         expression path.
     checkpointing
-        Keep nothing that is inside the blocks of both paths, and make it again for the gradient.
+        As of the trunk, and of the blocks of both paths.
     gene_vectors, gene_bank
         Texts of the genes as numbers [G, T], which a checkpoint holds among its weights, and
         where they are from.
@@ -116,7 +116,6 @@ class DKANConfig(MultiScaleConfig):
     symmetric: bool = False
     kappa: float = 3.0
     contrast_weight: float | None = None
-    checkpointing: bool = False
     gene_vectors: list[list[float]] | None = None
     gene_bank: dict | None = None
     text_dim: int | None = None

@@ -1,5 +1,7 @@
 """The trunk of TRIPLEX: what each part sees, and what it must not."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,6 +33,11 @@ def slide(count, seed=2):
 
 def whole(tokens):
     return torch.tensor([0, len(tokens)])
+
+
+def keep(kept, tensor):
+    kept.append(tensor)
+    return tensor
 
 
 def n_parameters(module):
@@ -164,6 +171,26 @@ def test_parts_that_are_not_used_are_not_there():
     assert alone.slide_encoder is None
     kept = {name.partition(".")[0] for name, _ in alone.named_parameters()}
     assert kept == {"spot_in", "fusion", "fusion_norm"}
+
+
+def test_checkpoints_change_no_gradient_and_keep_less():
+    tokens, grid = slide(12)
+    mask = torch.ones(4, 25, dtype=torch.bool)
+    found = []
+    for checkpointing in (False, True):
+        trunk = make(checkpointing=checkpointing).train()
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, kept), torch.Tensor.detach):
+            torch.manual_seed(1)
+            seen = trunk.slide(tokens, grid, whole(tokens))
+            views = trunk.spot(draw(4, 9, 5)), trunk.window(draw(4, 25, 7), mask), mask, seen[:4]
+            answer = trunk.fuse(*views).square().mean()
+        answer.backward()
+        gradients = [p.grad for p in trunk.parameters() if p.grad is not None]
+        found.append((len(kept), gradients))
+    (plain, expected), (fewer, again) = found
+    torch.testing.assert_close(again, expected)
+    assert fewer < plain / 2
 
 
 def test_answers_in_evaluation_are_always_the_same():
