@@ -9,10 +9,47 @@ from torch.nn import functional as F
 
 from seq2expr.errors import UserError
 
-HeadKind = Literal["linear", "mlp", "identity", "genebank"]
+HeadKind = Literal["linear", "mlp", "identity", "genebank", "shared"]
 LossKind = Literal["smooth_l1", "mse", "pearson"]
 
-_LEAST_SPREAD = 1e-8  # of the denominator of a correlation
+_LEAST_SPREAD = 1e-8  # of a denominator
+
+
+class GeneScores(nn.Module):
+    """Score sites against genes: ``y_bg = f(s_b) · V z_g / √H + u · z_g + c``.
+
+    The arithmetic of an MLP, whose last layer has a row of weights and a bias for each target,
+    with that row and that bias made from the vector z of the gene: a gene that was not trained
+    has them too. With ``depth`` 0 it is a bilinear form of site and gene of rank H. That the gene
+    term ``u · z_g + c`` starts at 0, so that at first genes differ by what they see of a site
+    alone, is ours, as is the whole form: it follows no publication.
+
+    Parameters
+    ----------
+    site
+        f, from a site [B, D] to [B, H].
+    hidden
+        H.
+    width
+        Numbers T of a gene.
+    """
+
+    def __init__(self, site: nn.Module, hidden: int, width: int):
+        super().__init__()
+        self.site, self.hidden = site, hidden
+        self.read(width)
+
+    def read(self, width: int) -> None:
+        """Make anew what reads the vectors of genes, of so many numbers."""
+        self.level = nn.Linear(width, 1)
+        nn.init.zeros_(self.level.weight)
+        nn.init.zeros_(self.level.bias)
+        self.gene = nn.Linear(width, self.hidden)
+
+    def forward(self, site: Tensor, genes: Tensor) -> Tensor:
+        """Score sites [B, D] against genes [G, T], of mean 0 and spread 1: [B, G]."""
+        product = self.site(site) @ self.gene(genes).T
+        return product / self.hidden**0.5 + self.level(genes).squeeze(-1)
 
 
 class ExpressionHead(nn.Module):
@@ -29,10 +66,11 @@ class ExpressionHead(nn.Module):
         Names of the G targets.
     kind
         ``linear``, ``mlp`` (``depth`` hidden layers), ``identity`` (the site embedding is the
-        answer), or ``genebank`` (one linear layer for all targets, which reads a site embedding
-        of each, so that a target that was not trained can be asked for).
+        answer); or one of two that can be asked for targets that were not trained: ``genebank``
+        (:class:`GeneScores`: the site embedding is scored against a vector of each gene), and
+        ``shared`` (one linear layer for all targets, which reads a site embedding of each).
     hidden, depth, dropout
-        Of the MLP.
+        Of the MLP, and of what a ``genebank`` makes of a site.
     input_dropout
         On the site embedding.
     mean, sd
@@ -44,6 +82,10 @@ class ExpressionHead(nn.Module):
         rows of the batch, which says nothing of level and spread.
     activation
         ``relu`` or ``gelu``.
+    vectors
+        What the targets of a ``genebank`` are known by [G, T]. They are centred, and divided by
+        the spread of all their numbers. None: each by weights of its own, so that no others can
+        be asked for.
     """
 
     def __init__(
@@ -61,6 +103,7 @@ class ExpressionHead(nn.Module):
         weights: Sequence[float] | None = None,
         loss: LossKind = "smooth_l1",
         activation: Literal["relu", "gelu"] = "relu",
+        vectors: Tensor | None = None,
     ):
         super().__init__()
         for name, value, allowed in (
@@ -73,30 +116,45 @@ class ExpressionHead(nn.Module):
         self.d_in = d_in
         self.kind, self.loss_kind = kind, loss
         count = len(targets)
-        act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
+        if vectors is not None:
+            _check_vectors(vectors, kind, count)
         if kind == "identity":
             self.net = nn.Identity()
-        elif kind == "genebank":
+        elif kind == "shared":
             self.net = nn.Linear(d_in, 1)
         elif kind == "linear":
             self.net = nn.Linear(d_in, count)
         else:
+            act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
             layers: list[nn.Module] = [nn.Dropout(input_dropout)] if input_dropout else []
             for layer in range(depth):
                 layers += [nn.Linear(hidden if layer else d_in, hidden), act()]
                 layers += [nn.Dropout(dropout)] if dropout else []
-            self.net = nn.Sequential(*layers, nn.Linear(hidden if depth else d_in, count))
+            d_last = hidden if depth else d_in
+            if kind == "genebank":
+                layers.append(nn.Linear(d_last, hidden))
+                d_last = hidden
+            if vectors is None:
+                self.net = nn.Sequential(*layers, nn.Linear(d_last, count))
+            else:
+                self.net = GeneScores(nn.Sequential(*layers), hidden, vectors.shape[1])
+        self.register_buffer("vectors", vectors)
         self.register_buffer("mean", torch.tensor(list(mean or [0.0] * count)))
         self.register_buffer("sd", torch.tensor(list(sd or [1.0] * count)))
         self.register_buffer("weights", torch.tensor(list(weights or [1.0] * count)))
 
-    def forward(self, site: Tensor, *, standardised: bool = False) -> Tensor:
+    def forward(
+        self, site: Tensor, genes: Tensor | None = None, *, standardised: bool = False
+    ) -> Tensor:
         """Predict targets.
 
         Parameters
         ----------
         site
-            [B, D]; of a ``genebank`` [B, G, D], of whichever targets are asked for.
+            [B, D]; of a ``shared`` head [B, G, D], of whichever targets are asked for.
+        genes
+            Vectors [G', T] of the targets that are asked for, of a ``genebank`` with vectors; by
+            default those of its own. Others are answered in standard deviations from the mean.
         standardised
             Answer in standard deviations from the mean: that of a target that was not trained is
             not known.
@@ -104,12 +162,23 @@ class ExpressionHead(nn.Module):
         Returns
         -------
         Tensor
-            [B, G], float32.
+            [B, G], or [B, G'], float32.
         """
-        answer = self.net(site).float()
-        if self.kind == "genebank":
+        if self.vectors is None:
+            answer = self.net(site).float()
+        else:
+            answer = self.net(site, self._read(self.vectors if genes is None else genes)).float()
+        if self.kind == "shared":
             answer = answer.squeeze(-1)
-        return answer if standardised else answer * self.sd + self.mean
+        if standardised or genes is not None:
+            return answer
+        return answer * self.sd + self.mean
+
+    def _read(self, genes: Tensor) -> Tensor:
+        """Bring vectors of genes to the mean and the spread of those that the head holds."""
+        middle = self.vectors.mean(0)
+        spread = (self.vectors - middle).square().mean().sqrt()
+        return (genes.to(middle) - middle) / spread.clamp_min(_LEAST_SPREAD)
 
     def gene_losses(self, predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss of each target over the rows that have it [G], 0 where none has.
@@ -150,13 +219,18 @@ class ExpressionHead(nn.Module):
         stored = state.get(f"{prefix}mean")
         if stored is not None and len(stored) != len(self.mean):
             self._resize(len(stored))
+        genes = state.get(f"{prefix}vectors")
+        if self.vectors is not None and genes is not None and genes.shape != self.vectors.shape:
+            self.vectors = self.vectors.new_zeros(genes.shape)
+            if genes.shape[1] != self.net.gene.in_features:
+                self.net.read(genes.shape[1])
         super()._load_from_state_dict(state, prefix, *args)
 
     def _resize(self, count: int) -> None:
         """Make room for another number of targets."""
         chain = isinstance(self.net, nn.Sequential)
         last = self.net[-1] if chain else self.net
-        if isinstance(last, nn.Linear) and self.kind != "genebank":
+        if isinstance(last, nn.Linear) and self.kind != "shared":
             fresh = nn.Linear(last.in_features, count).to(last.weight)
             fresh.requires_grad_(last.weight.requires_grad)
             if chain:
@@ -165,6 +239,19 @@ class ExpressionHead(nn.Module):
                 self.net = fresh
         for name in ("mean", "sd", "weights"):
             self.register_buffer(name, getattr(self, name).new_ones(count))
+
+
+def _check_vectors(vectors: Tensor, kind: str, count: int) -> None:
+    """Refuse vectors of genes that do not belong to the head (``UserError``)."""
+    if kind != "genebank":
+        raise UserError(
+            f"model.head.kind is {kind!r}, which reads no vectors of genes; choose genebank."
+        )
+    if len(vectors) != count:
+        raise UserError(
+            f"model.head.kind is genebank, and {len(vectors)} of {count} genes have a vector. A "
+            "system that learns genes beside the panel has none for these; choose another head."
+        )
 
 
 class ProfileHead(nn.Module):

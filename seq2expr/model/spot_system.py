@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from seq2expr.errors import UserError
-from seq2expr.model.batch import Batch
+from seq2expr.model.batch import Batch, Prediction
 from seq2expr.model.encoders import PatchEncoder, build_encoder, resolve_encoder
+from seq2expr.model.heads import ExpressionHead
 from seq2expr.model.system import System, SystemConfig, is_added
 
 if TYPE_CHECKING:
     import pandas as pd
+
+TEXTS = ("own", "shuffled", "random", "none")
+"""What ``model.text`` can be."""
 
 Batches = Callable[[str], Iterable[Batch]]
 """Batches of ``"train"`` or ``"valid"`` rows, not augmented, a section after the other."""
@@ -41,11 +45,25 @@ class SpotConfig(SystemConfig):
         Label card of the expression that is read in training; None: that of the targets.
     expression_mean, expression_sd
         Of each gene of that expression over training spots [G].
+    text
+        What a gene is known by where the head is a ``genebank``: what is its ``own``; as controls
+        ``shuffled`` (what is another gene's) and ``random`` (numbers that say nothing); or
+        ``none``, weights of its own that are learned, so that no other gene can be asked for.
+    bank
+        How genes become vectors (see :class:`seq2expr.text.bank_build.BankSettings`): ``parts``
+        (``text``, ``dna`` or both), of texts ``encoder`` (by default ``tfidf``, or a text model
+        of transformers), ``dim`` and others, of DNA ``dna`` with the trained ``run``.
+    gene_vectors, gene_bank
+        Vectors of the genes [G, T], which a checkpoint holds among its weights, and where they
+        are from.
+    text_dim
+        T.
     """
 
     fitted: ClassVar[tuple[str, ...]] = (
         *SystemConfig.fitted,
         *("token_mean", "token_sd", "label", "panel", "expression_mean", "expression_sd"),
+        *("gene_vectors", "gene_bank", "text_dim"),
     )
 
     standardised: ClassVar[bool] = True
@@ -61,8 +79,19 @@ class SpotConfig(SystemConfig):
     expression_label: str | None = None
     expression_mean: list[float] | None = None
     expression_sd: list[float] | None = None
+    text: str = "own"
+    bank: dict | None = None
+    gene_vectors: list[list[float]] | None = None
+    gene_bank: dict | None = None
+    text_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.text not in TEXTS:
+            raise UserError(f"model.text is {self.text!r}; it can be {', '.join(TEXTS)}.")
+        if self.text == "none":
+            self.gene_vectors = None
+        if self.gene_vectors is not None:
+            self.text_dim = len(self.gene_vectors[0])
         for name in ("patch_um", "patch_px"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be above 0.")
@@ -81,9 +110,22 @@ class SpotConfig(SystemConfig):
         return ("patch",)
 
     @property
+    def has_bank(self) -> bool:
+        """Whether genes may be known by vectors, as a head of kind ``genebank`` has it."""
+        return (self.head or {}).get("kind") == "genebank"
+
+    @property
+    def known_by(self) -> tuple[str, ...]:
+        """What the vectors of genes are made of: ``text``, ``dna``; empty where there are none."""
+        if not self.has_bank or self.text == "none":
+            return ()
+        bank = self.bank or {}
+        return tuple(bank.get("parts") or (("text", "dna") if bank.get("dna") else ("text",)))
+
+    @property
     def reads_text(self) -> bool:
-        """Whether genes are described by texts; then ``bank`` says how these are embedded."""
-        return False
+        """Whether genes are described by texts."""
+        return "text" in self.known_by
 
     @property
     def reads_auxiliary(self) -> bool:
@@ -94,6 +136,11 @@ class SpotConfig(SystemConfig):
     def sight(self) -> "SpotConfig":
         """The configuration that says what of a picture is read: of a wrapper, the wrapped one."""
         return self
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is written with a checkpoint, whose weights have the vectors of genes."""
+        written = super().to_diff_dict()
+        return written | {"gene_vectors": None} if "gene_vectors" in written else written
 
 
 class SpotSystem(System):
@@ -158,6 +205,50 @@ class SpotSystem(System):
             raw = self.encoder(batch.patch)
         return (raw.float() - self.token_mean) / self.token_sd
 
+    def gene_vectors_of(self) -> Tensor | None:
+        """Return the vectors of the genes [G, T], 0 where a checkpoint is to give them.
+
+        None where the configuration has none: genes are known by themselves.
+
+        Raises
+        ------
+        UserError
+            When they should be there, and are not.
+        """
+        config = self.config
+        if not config.known_by:
+            return None
+        if config.text_dim is None:
+            raise UserError(
+                f"{config.model_type} knows genes by their texts (or DNA), and there are none. "
+                "Give data.text, or set model.text=none."
+            )
+        if config.gene_vectors is None:
+            return torch.zeros(len(config.targets), config.text_dim)
+        return torch.tensor(config.gene_vectors)
+
+    def make_head(self, d_in: int, **changes: Any) -> ExpressionHead:
+        """Make a head (see :meth:`seq2expr.model.system.System.make_head`).
+
+        A ``genebank`` gets the vectors of the genes.
+        """
+        if ((self.config.head or {}) | changes).get("kind") == "genebank":
+            changes["vectors"] = self.gene_vectors_of()
+        return super().make_head(d_in, **changes)
+
+    def forward(self, **fields: Any) -> Prediction:
+        """Predict the targets of a batch, or the genes that its ``gene_text`` asks for.
+
+        A ``genebank`` answers these by the site embedding alone, in standard deviations from their
+        mean; they have no losses, and no neighbours that a retrieval could look up.
+        """
+        asked = fields.get("gene_text")
+        if asked is None or self.head.kind != "genebank":
+            return super().forward(**fields)
+        batch = Batch(**fields)
+        self._check(batch)
+        return Prediction(mean=self.head(self.encode(batch).site, asked))
+
     def prepare(self, batches: Batches) -> None:
         """Look at the training rows before training, without gradients (see :meth:`settle`)."""
 
@@ -213,6 +304,20 @@ class SpotSystem(System):
         if batch.spot_tokens is not None:  # they stand in for the patch
             batch = Batch(**{**batch, "patch": batch.spot_tokens})
         super()._check(batch)
+        if batch.gene_text is None:
+            return
+        known = self.config.text_dim
+        if known is None:
+            raise UserError(
+                "The model knows no texts (or DNA) of genes (model.text is none, or the head is "
+                "no genebank), so that it can be asked for the genes it was trained on, and for "
+                "no others."
+            )
+        if batch.gene_text.shape[-1] != known:
+            raise UserError(
+                f"Texts have {batch.gene_text.shape[-1]} numbers each, and the model reads "
+                f"{known}; embed them with the bank of the run."
+            )
 
 
 def _leave_out_others(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seq2expr.image.boundary_store import fit_boundary
+from seq2expr.learn.joint_bank import facts
 from seq2expr.model.spot_system import SpotConfig
 from seq2expr.spots.reading import SpotReader
-from seq2expr.spots.texts import facts
 
 if TYPE_CHECKING:
     from seq2expr.spots.train import SpotMaterial

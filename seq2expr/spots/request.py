@@ -11,12 +11,12 @@ from seq2expr.errors import UserError
 from seq2expr.image.patches import inside_image
 from seq2expr.image.slides import open_slide
 from seq2expr.image.tissue import lay_grid, tissue_mask
+from seq2expr.learn.joint_bank import Bank
 from seq2expr.learn.runs import find_run, load_run
 from seq2expr.model.spot_system import SpotSystem
 from seq2expr.model.system import Ensemble, members_in
 from seq2expr.spots.data import SpotSlide, check_name, open_slide_spots, read_spot_data
-from seq2expr.spots.texts import new_genes
-from seq2expr.text.bank import GeneBank
+from seq2expr.spots.texts import needs_text, new_genes
 
 _NOT_ASKED = (None, None, None, None, None, False)
 
@@ -33,7 +33,7 @@ class SpotRequest(NamedTuple):
     genes
         Genes of the panel, in its order.
     new
-        Genes that were not trained, with their texts; None where none is asked for.
+        Genes that were not trained, with what they are known by; None where none is asked for.
     skipped
         ``name`` and ``reason`` of what was asked for and is not there.
     """
@@ -42,7 +42,7 @@ class SpotRequest(NamedTuple):
     slides: list[SpotSlide]
     genes: list[str]
     skipped: pd.DataFrame
-    new: GeneBank | None = None
+    new: Bank | None = None
 
 
 def open_request(
@@ -99,9 +99,9 @@ def open_request(
     targets = model.config.targets
     kept, missing = _choose(targets[:genes] if isinstance(genes, int) else genes, targets)
     new, skipped = None, [(gene, "not in the panel of the run") for gene in missing]
-    if missing and text:
+    if missing and (text or not needs_text(find_run(run))):
         new = new_genes(find_run(run), missing, [Path(table) for table in text], slides)
-        skipped = [(gene, "no text in the tables") for gene in new.missing]
+        skipped = [(gene, new.lack) for gene in new.missing]
         known = [gene for gene in missing if gene not in set(new.missing)]
         new = new.embed(known) if known else None
     if not kept and new is None:

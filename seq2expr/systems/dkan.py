@@ -53,12 +53,7 @@ class DKANConfig(MultiScaleConfig):
     Parameters
     ----------
     text
-        What a gene is known by: its ``own`` text; as controls ``shuffled`` (that of another gene)
-        and ``random`` (numbers that say nothing); or ``none``, a vector of its own that is
-        learned.
-    bank
-        How texts become numbers (see :func:`seq2expr.text.bank_build.build_bank`): ``encoder``
-        (by default ``tfidf``, or a text model of transformers), ``dim``, and others.
+        As of every image system; ``none`` is a vector of each gene that is learned.
     centre_text
         See :class:`seq2expr.model.gene_paths.GeneEncoder`.
     text_encoder, image_path, expression_path
@@ -84,26 +79,16 @@ class DKANConfig(MultiScaleConfig):
         expression path.
     checkpointing
         As of the trunk, and of the blocks of both paths.
-    gene_vectors, gene_bank
-        Texts of the genes as numbers [G, T], which a checkpoint holds among its weights, and
-        where they are from.
-    text_dim
-        T.
     """
 
     model_type: ClassVar[str] = "dkan"
-    fitted: ClassVar[tuple[str, ...]] = (*MultiScaleConfig.fitted, "gene_vectors", "gene_bank")
-    derived: ClassVar[tuple[str, ...]] = ("text_dim",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("own", "shuffled", "random", "none"),
         "path": ("attention", "film", "bilinear"),
         "kv": ("pooled", "tokens"),
         "contrast": ("joint", "spots", "genes"),
     }
 
     width: int = 1024
-    text: str = "own"
-    bank: dict | None = None
     centre_text: bool = True
     text_encoder: dict | None = None
     image_path: dict | None = None
@@ -116,9 +101,6 @@ class DKANConfig(MultiScaleConfig):
     symmetric: bool = False
     kappa: float = 3.0
     contrast_weight: float | None = None
-    gene_vectors: list[list[float]] | None = None
-    gene_bank: dict | None = None
-    text_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, usual in PUBLISHED.items():
@@ -131,16 +113,16 @@ class DKANConfig(MultiScaleConfig):
             raise UserError(
                 f"model.contrast_weight is {self.contrast_weight!r}; it must be from 0 to below 1."
             )
-        self.head = {"kind": "genebank", **(self.head or {})}
-        if self.head["kind"] != "genebank":
+        self.head = {"kind": "shared", **(self.head or {})}
+        if self.head["kind"] == "genebank":  # its name in earlier checkpoints
+            self.head["kind"] = "shared"
+        if self.head["kind"] != "shared":
             raise UserError(
                 f"model.head.kind is {self.head['kind']!r}; dkan has one head for all genes, "
-                "genebank."
+                "shared."
             )
         if not self.scale_targets:
             self.expression_mean = self.expression_sd = None
-        if self.gene_vectors is not None:
-            self.text_dim = len(self.gene_vectors[0])
         super().__post_init__(**kwargs)
         if self.path != "attention" and self.kv == "tokens":
             raise UserError(
@@ -149,13 +131,9 @@ class DKANConfig(MultiScaleConfig):
             )
 
     @property
-    def reads_text(self) -> bool:
-        """Whether genes are known by their texts."""
-        return self.text != "none"
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return what is written with a checkpoint, whose weights have the texts."""
-        return super().to_diff_dict() | {"gene_vectors": None}
+    def has_bank(self) -> bool:
+        """Whether genes may be known by vectors: always, whatever the head."""
+        return True
 
 
 class DKAN(MultiScaleSystem):
@@ -195,23 +173,16 @@ class DKAN(MultiScaleSystem):
     def build_genes(self) -> None:
         """Make room for the texts of the genes, and what reads them."""
         config = self.config
-        count = len(config.targets)
-        if not config.reads_text:
-            self.gene_table = nn.Parameter(torch.randn(count, config.width))
-        elif config.text_dim is None:
-            raise UserError(
-                "dkan knows genes by their texts, and there are none. Give data.text, or set "
-                "model.text=none."
-            )
+        known = self.gene_vectors_of()
+        if known is None:
+            self.gene_table = nn.Parameter(torch.randn(len(config.targets), config.width))
         else:
-            known = config.gene_vectors
-            blank = torch.zeros(count, config.text_dim)
-            self.register_buffer("gene_vectors", blank if known is None else torch.tensor(known))
+            self.register_buffer("gene_vectors", known)
         sizes = Sizes(**config.text_encoder)
         self.gene_encoder = GeneEncoder(
-            config.text_dim if config.reads_text else config.width,
+            config.width if known is None else config.text_dim,
             config.width,
-            centre=config.centre_text and config.reads_text,
+            centre=config.centre_text and known is not None,
             **asdict(sizes),
         )
 
@@ -226,7 +197,7 @@ class DKAN(MultiScaleSystem):
 
     def genes(self, asked: Tensor | None = None) -> Tensor:
         """Return the tokens of the genes of the run [G, D], or of texts that are asked [G', T]."""
-        bank = self.gene_vectors if self.config.reads_text else self.gene_table
+        bank = self.gene_vectors if self.config.known_by else self.gene_table
         return self.gene_encoder(bank, None if asked is None else asked.to(bank))
 
     def encode(self, batch: Batch) -> Encoded:
@@ -285,18 +256,6 @@ class DKAN(MultiScaleSystem):
             raise UserError(
                 "dkan is trained on expression, and the batch has none. Give "
                 f"{self._flag('expression')}, or set model.contrast_weight=0."
-            )
-        if batch.gene_text is None:
-            return
-        if not self.config.reads_text:
-            raise UserError(
-                "The model knows no texts (model.text is none), so that it can be asked for the "
-                "genes it was trained on, and for no others."
-            )
-        if batch.gene_text.shape[-1] != self.config.text_dim:
-            raise UserError(
-                f"Texts have {batch.gene_text.shape[-1]} numbers each, and the model reads "
-                f"{self.config.text_dim}; embed them with the bank of the run."
             )
 
 

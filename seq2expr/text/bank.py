@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ TFIDF = "tfidf"
 FORMAT = 1
 """Version of what is written, and of how texts become vectors."""
 
+_LEAST_SPREAD = 1e-6
 _TENSORS, _FACTS = "bank.safetensors", "bank.json"
 _FITTED = "encoder."
 _TERMS = "The texts are those of the files in `sources`, whose terms hold for them here too."
@@ -78,6 +79,12 @@ class GeneBank:
     fitted: Mapping[str, np.ndarray]
     kind: Literal["text", "shuffled", "random"] = "text"
     seed: int = 0
+
+    known_by: ClassVar[str] = "text that says anything"
+    remedy: ClassVar[str] = "Give more tables, or ids that the tables have."
+    lack: ClassVar[str] = "no text in the tables"
+    """What vectors are made of, what to do where there is none, and why there is none: words of
+    messages."""
 
     @property
     def encoder(self) -> str:
@@ -167,7 +174,8 @@ class GeneBank:
         known = np.array([row for row, g in enumerate(self.genes) if g not in set(self.missing)])
         if len(known) < 2:
             raise UserError(
-                f"{len(known)} of {len(self.genes)} genes has a text; two are needed to shuffle."
+                f"{len(known)} of {len(self.genes)} genes has a {self.known_by}; two are "
+                "needed to shuffle."
             )
         # A random cycle through all genes leaves none in its place.
         cycle = np.random.default_rng(seed).permutation(known)
@@ -251,6 +259,15 @@ class GeneBank:
                 self, genes=genes, vectors=vectors, texts=blank, symbols=blank,
                 missing=(), renamed={}, sources=(),
             )  # fmt: skip
+        bank = self._read(names, tables, id_column)
+        warn_of_missing(bank)
+        return bank
+
+    def _read(
+        self, names: Mapping[str, str], tables: Tables | None, id_column: str | None
+    ) -> "GeneBank":
+        """Make the vectors of genes (with their symbols) that this bank has not."""
+        genes = tuple(names)
         if tables is None:
             raise UserError(
                 f"The gene bank lacks {_some(genes)}. Give tables with the texts of these genes."
@@ -259,9 +276,7 @@ class GeneBank:
         read = bank_texts(found.texts, self.settings)
         raw = self._open_encoder().embed(read.texts, read.symbols)
         rows = bank_rows(read, raw, self.mean, self.scale)
-        bank = replace(self, **rows, renamed=found.renamed, sources=found.texts.sources)
-        warn_of_missing(bank)
-        return bank
+        return replace(self, **rows, renamed=found.renamed, sources=found.texts.sources)
 
     def _open_encoder(self) -> Any:
         """Return the encoder, fitted or loaded."""
@@ -280,6 +295,17 @@ def bank_texts(texts: GeneTexts, settings: Mapping[str, Any]) -> Rendered:
         labels=settings["encoder"] != TFIDF,
         template=settings["template"],
     )
+
+
+def fit_scale(raw: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the mean [T] and the spread of all numbers of the genes that have any.
+
+    The spread is that from the mean, over all of the T numbers; 1 where genes do not differ.
+    """
+    known = raw[raw.any(axis=1)]
+    mean = known.mean(axis=0)
+    spread = float(np.sqrt(np.square(known - mean).mean()))
+    return mean, spread if spread > _LEAST_SPREAD else 1.0  # a single gene, or all alike
 
 
 def bank_rows(read: Rendered, raw: np.ndarray, mean: np.ndarray, scale: float) -> dict[str, Any]:
@@ -303,12 +329,11 @@ def check_distinct(genes: Sequence[str]) -> None:
 
 
 def warn_of_missing(bank: GeneBank) -> None:
-    """Name the genes that have the mean vector for want of a text."""
+    """Name the genes that have the mean vector for want of a text, or of what else it reads."""
     if bank.missing:
         warnings.warn(
-            f"{len(bank.missing)} of {len(bank.genes)} genes have no text that says anything "
-            f"({_some(bank.missing)}): their vector is the mean. Give more tables, or ids that "
-            "the tables have.",
+            f"{len(bank.missing)} of {len(bank.genes)} genes have no {bank.known_by} "
+            f"({_some(bank.missing)}): their vector is the mean. {bank.remedy}",
             Seq2ExprWarning,
         )
 

@@ -18,6 +18,7 @@ from seq2expr.text.bank import (
     bank_rows,
     bank_texts,
     check_distinct,
+    fit_scale,
     warn_of_missing,
 )
 from seq2expr.text.catalogue import Catalogue, Found
@@ -25,15 +26,41 @@ from seq2expr.text.families import Tables, table_paths
 from seq2expr.text.tables import GeneTexts
 from seq2expr.text.tfidf import TextSVD
 
-_LEAST_SPREAD = 1e-6
+
+class SiteSettings(Strict):
+    """Which DNA run reads the windows of genes (``model.bank.dna``).
+
+    Parameters
+    ----------
+    run
+        Directory or hub id of a run of a DNA system.
+    data
+        Data file with the genome and the annotation of the genes; by default that of the run.
+    root
+        What its paths are relative to; by default, without ``data``, what they were for the run.
+    """
+
+    run: str
+    data: str | None = None
+    root: str | None = None
 
 
 class BankSettings(Strict):
-    """How texts of genes become vectors (``model.bank``).
+    """How genes become vectors (``model.bank``).
 
-    Parameters are those of :func:`build_bank`.
+    Parameters
+    ----------
+    parts
+        ``text``, ``dna``, or both, side by side, each of unit spread; by default texts, and DNA
+        where that is set.
+    dna
+        See :class:`seq2expr.learn.gene_sites.SiteBank`.
+    encoder, dim, seed, pooling, max_tokens, revision, symbols, template
+        Of texts, as in :func:`build_bank`.
     """
 
+    parts: list[Literal["text", "dna"]] | None = pydantic.Field(None, min_length=1)
+    dna: SiteSettings | None = None
     encoder: str = TFIDF
     dim: int = pydantic.Field(128, ge=1)
     seed: int = 0
@@ -47,6 +74,19 @@ class BankSettings(Strict):
     def of(cls, settings: Mapping[str, Any] | None) -> "BankSettings":
         """Check settings of a run file (``UserError``)."""
         return checked(cls, settings or {}, where="model.bank")
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "BankSettings":
+        if "dna" in (self.parts or ()) and self.dna is None:
+            raise ValueError("parts has dna, so give dna.run, a trained run of a DNA system")
+        if len(set(self.parts or ())) < len(self.parts or ()):
+            raise ValueError("a part is named twice")
+        return self
+
+    @property
+    def of_text(self) -> dict[str, Any]:
+        """Arguments of :func:`build_bank`."""
+        return self.model_dump(exclude={"parts", "dna"})
 
 
 def build_bank(
@@ -148,15 +188,12 @@ def _built(found: Found, settings: Mapping[str, Any], model: Any) -> GeneBank:
     """Embed genes, and fit mean and scale to them."""
     read = bank_texts(found.texts, settings)
     raw = model.embed(read.texts, read.symbols)
-    known = raw[raw.any(axis=1)]
-    if not len(known):
+    if not raw.any():
         raise UserError(
             f"None of the {len(read.genes)} genes has a text that says anything. Give tables "
             "with names or descriptions of these genes."
         )
-    mean = known.mean(axis=0)
-    spread = float(np.sqrt(np.square(known - mean).mean()))
-    scale = spread if spread > _LEAST_SPREAD else 1.0  # a single gene, or all alike
+    mean, scale = fit_scale(raw)
     return GeneBank(
         **bank_rows(read, raw, mean, scale), renamed=found.renamed, sources=found.texts.sources,
         settings=settings, mean=mean, scale=scale, fitted=model.tensors(),
