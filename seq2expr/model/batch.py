@@ -187,6 +187,10 @@ class Prediction(ModelOutput):
     other
         Further answers to the same question [B, G], by name: that of the head beside a
         retrieval.
+    samples
+        Draws [B, S, G] from what the system holds possible, in the units of the targets, each of
+        all targets together; ``mean`` is what they say on the whole. None of a system that gives
+        one answer, and in validation.
     """
 
     loss: torch.Tensor | None = None
@@ -196,3 +200,4 @@ class Prediction(ModelOutput):
     profile: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None
     other: dict[str, torch.Tensor] | None = None
+    samples: torch.Tensor | None = None

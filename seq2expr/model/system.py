@@ -201,7 +201,7 @@ class System(PreTrainedModel):
 
 
 class Ensemble(nn.Module):
-    """Members whose answers are averaged.
+    """Members whose answers are averaged, and whose samples are put together.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ class Ensemble(nn.Module):
         return self.members[0].needs
 
     def forward(self, **fields: Any) -> Prediction:
-        """Average the members' predictions and importances."""
+        """Average the members' predictions and importances; join their samples."""
         answers = [member(**fields) for member in self.members]
         return Prediction(
             mean=_mean([answer.mean for answer in answers]),
@@ -230,6 +230,7 @@ class Ensemble(nn.Module):
             attention=_mean([answer.attention for answer in answers]),
             profile=_mean([answer.profile for answer in answers]),
             other=_mean_of_each([answer.other for answer in answers]),
+            samples=_joined([answer.samples for answer in answers]),
         )
 
 
@@ -282,6 +283,10 @@ def members_in(model: System | Ensemble) -> list[System]:
 
 def _mean(values: list[torch.Tensor | None]) -> torch.Tensor | None:
     return None if values[0] is None else torch.stack(values).mean(0)
+
+
+def _joined(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return None if values[0] is None else torch.cat(values, dim=1)
 
 
 def _mean_of_each(

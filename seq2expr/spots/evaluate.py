@@ -33,11 +33,18 @@ from seq2expr.spots.data import (
     read_spot_data,
 )
 from seq2expr.spots.figures import control_bars
-from seq2expr.spots.metrics import PCC, Section
-from seq2expr.spots.predict import PREDICTED, all_answers, open_predictor, to_adata
+from seq2expr.spots.metrics import COVERAGE_50, COVERAGE_90, CRPS, NOMINAL, PANEL, PCC, Section
+from seq2expr.spots.predict import (
+    PREDICTED,
+    SAMPLES,
+    all_answers,
+    open_predictor,
+    to_adata,
+)
 from seq2expr.spots.rivals import Chosen, label_of, spot_rows
 from seq2expr.spots.scores import Scores, score
 from seq2expr.spots.seen import seen_before, trained_slides
+from seq2expr.spots.spread import QUANTILES, SPREAD, Spread
 
 if TYPE_CHECKING:  # anndata takes a second to import
     from anndata import AnnData
@@ -70,8 +77,23 @@ class SpotEvaluation:
     def summary(self, metric: str = PCC) -> str:
         """Return the model and its controls as text, best first."""
         lines = [f"labels: {self.label}", *self.notes, self.scores.text(metric)]
+        lines += self._of_samples()
         lines += [f"  {name:<20} not given: {why}" for name, why in self.missing.items()]
         return "\n".join(lines)
+
+    def _of_samples(self) -> list[str]:
+        """Say how true the samples are, where there are any."""
+        table = self.scores.summary
+        rows = table[(table["subset"] == PANEL) & table["name"].isin([MODEL, NOMINAL])]
+        values = rows.set_index(["metric", "name"])["value"].to_dict()
+        said = []
+        if (CRPS, MODEL) in values:
+            said.append(f"CRPS {values[CRPS, MODEL]:.3f}")
+        for level, metric in {50: COVERAGE_50, 90: COVERAGE_90}.items():
+            if (metric, MODEL) in values:
+                share, wanted = values[metric, MODEL], values[metric, NOMINAL]
+                said.append(f"the interval of {level} % holds {share:.1%} (nominal {wanted:.1%})")
+        return [f"samples: {', '.join(said)}"] if said else []
 
     def write(self, out: str | os.PathLike) -> None:
         """Write the summary as TSV; ``<out>.sections.tsv``; and ``<out>.png`` to look at."""
@@ -201,7 +223,7 @@ class _Source:
             )
         predictor = open_predictor(self.model, slides)
         genes = list(predictor.model.config.targets)
-        return to_adata(predictor, genes, all_answers(predictor, genes))
+        return to_adata(predictor, genes, all_answers(predictor, genes, samples=True))
 
 
 def _tested(data: SpotData) -> list[SpotSlide]:
@@ -226,10 +248,10 @@ def _evaluate(
     about = dict(predicted.uns.get("seq2expr", {}))
     card = label_card(str(about.get("label", "cp10k")))
     panel = Panel.of(predicted.var_names.tolist(), str(about.get("panel", "listed")))
-    notes, test, answers = [], [], {}
+    notes, test, answers, spreads = [], [], {}, {}
     for slide in slides:
         enough = quality(slide, source.qc)
-        rows, predictions = _matched(predicted, slide, enough.keep, several=len(slides) > 1)
+        rows, at = _matched(predicted, slide, enough.keep, several=len(slides) > 1)
         notes += [
             f"{slide.name}: {n:,} spots left out, {why}" for why, n in enough.left_out.items()
         ]
@@ -239,8 +261,9 @@ def _evaluate(
             slide.counts[rows], panel.columns(slide.genes), grid=slide.grid[rows], raw=slide.raw
         )
         test.append(Chosen(slide, rows, labels))
-        for name, values in predictions.items():
+        for name, values in _answers(predicted, at).items():
             answers.setdefault(name, []).append(values)
+        spreads[slide.name] = _spread(predicted, at)
     notes += _leaks(source, slides)
     train, sublists = _training(source, panel)
     pictures = all(part.slide.image.is_file() for part in test)
@@ -252,8 +275,9 @@ def _evaluate(
         label=label_of(card, panel, test),
         seed=seed,
     )
+    notes += _without_samples(predicted)
     named = {_name(layer): np.concatenate(values) for layer, values in answers.items()}
-    sections = _sections(test, rows_of_test, named | beside.predictions, beside.numbers)
+    sections = _sections(test, rows_of_test, named | beside.predictions, beside.numbers, spreads)
     scores = score(
         sections,
         genes=panel.genes,
@@ -271,6 +295,7 @@ def _sections(
     rows: SpotRows,
     predicted: Mapping[str, np.ndarray],
     halves: Mapping[str, np.ndarray],
+    spreads: Mapping[str, Spread | None],
 ) -> list[Section]:
     sections = []
     for name, where in rows.slides():
@@ -286,6 +311,7 @@ def _sections(
                 grid=rows.grid[where],
                 total=None if rows.total is None else rows.total[where],
                 halves=halves.get(name),
+                spread={} if spreads[name] is None else {MODEL: spreads[name]},
             )
         )
     return sections
@@ -335,8 +361,8 @@ def _leaks(source: _Source, slides: Sequence[SpotSlide]) -> list[str]:
 
 def _matched(
     predicted: "AnnData", slide: SpotSlide, keep: np.ndarray, *, several: bool
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the rows of a slide that count and are predicted, and their predictions."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a slide that count and are predicted, and where they are predicted."""
     ids = (predicted.obs["slide_id"].astype(str) + "/").to_numpy() if several else ""
     names = pd.Index(predicted.obs_names.to_numpy().astype(str))
     if several and not names.str.contains("/").all():
@@ -353,12 +379,37 @@ def _matched(
             f"predicted ones, such as {names[0]!r}, with enough counts. Give the measurements of "
             "the same spots."
         )
-    layers = {n: np.asarray(v)[at[rows]] for n, v in predicted.layers.items() if _is_answer(n)}
-    return rows, {name: values.astype(np.float64) for name, values in layers.items()}
+    return rows, at[rows]
+
+
+def _answers(predicted: "AnnData", at: np.ndarray) -> dict[str, np.ndarray]:
+    """Return every answer for some spots, by its layer."""
+    layers = {n: np.asarray(v)[at] for n, v in predicted.layers.items() if _is_answer(n)}
+    return {name: values.astype(np.float64) for name, values in layers.items()}
 
 
 def _is_answer(layer: str) -> bool:
+    if layer in {f"{PREDICTED}_{name}" for name in SPREAD}:
+        return False
     return layer == PREDICTED or layer.startswith(f"{PREDICTED}_")
+
+
+def _spread(predicted: "AnnData", at: np.ndarray) -> Spread | None:
+    """Return what the samples of some spots say, where there are any."""
+    if "samples" not in predicted.uns["seq2expr"]:
+        return None
+    quantiles = {
+        name: np.asarray(predicted.layers[f"{PREDICTED}_{name}"])[at] for name in QUANTILES
+    }
+    samples = np.asarray(predicted.obsm[SAMPLES])[at] if SAMPLES in predicted.obsm else None
+    return Spread(int(predicted.uns["seq2expr"]["samples"]), quantiles, samples)
+
+
+def _without_samples(predicted: "AnnData") -> list[str]:
+    """Say why there is no CRPS, where a file has kept the quantiles of its samples only."""
+    if "samples" in predicted.uns.get("seq2expr", {}) and SAMPLES not in predicted.obsm:
+        return ["The file holds no samples, so there is no CRPS; predict with samples=True."]
+    return []
 
 
 def _name(layer: str) -> str:

@@ -1,8 +1,9 @@
 """The metrics of spots: each of one section, averaged over sections, then over patients."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +22,22 @@ from seq2expr.spots.intervals import (
 from seq2expr.spots.neighbours import neighbour_weights
 from seq2expr.spots.retrieval import POOL, retrieval
 from seq2expr.spots.splits import spot_pitch
+from seq2expr.spots.spread import Spread, covered, fair_crps, nominal
 
 PCC = "pearson_per_gene_across_spots"
 MSE = "mse_per_gene_across_spots"
 PARTIAL = "partial_pearson_per_gene_across_spots"
 STRUCTURE = "gene_gene_structure"
+RVD = "rvd"
+CRPS = "crps_per_gene_across_spots"
+COVERAGE_50 = "coverage_50_per_gene_across_spots"
+COVERAGE_90 = "coverage_90_per_gene_across_spots"
 
 GAUGE = "depth_gauge"
 CEILING = SPLIT_HALF
 CHANCE = "chance"
-READINGS = (GAUGE, CEILING, CHANCE)
+NOMINAL = "nominal"
+READINGS = (GAUGE, CEILING, CHANCE, NOMINAL)
 """Names in a table that are no predictions but something to read them against."""
 
 COMPARED = (PCC, PARTIAL, MSE)
@@ -54,7 +61,7 @@ class Metric(NamedTuple):
     reduce
         From that, for some of the genes, to a value of each resample [R].
     sign
-        1 where more is better, -1 where less is.
+        1 where more is better, -1 where less is, 0 where something in between is.
     needs
         A term that must be among the sums.
     of_ranks
@@ -98,7 +105,7 @@ METRICS: dict[str, Metric] = {
     MSE: Metric(st.mean_squared_error, st.mean_defined, -1),
     "mae_per_gene_across_spots": Metric(st.mean_absolute_error, st.mean_defined, -1),
     "r2_vs_train_mean": Metric(st.squared_errors, _r2, needs="tt"),
-    "rvd": Metric(st.relative_variance_difference, st.mean_defined, -1),
+    RVD: Metric(st.relative_variance_difference, st.mean_defined, -1),
     "morans_i_error": Metric(st.morans_i, _i_error, -1, needs="h", centred=True),
     "morans_i_correlation_across_genes": Metric(
         st.morans_i, _i_correlation, needs="h", centred=True
@@ -106,6 +113,23 @@ METRICS: dict[str, Metric] = {
 }
 """Metrics of a section by name. All are means over genes of a statistic across spots, except for
 the medians, R² (errors of all genes added up) and the correlation of Moran's I over genes."""
+
+SAMPLED: dict[str, Metric] = {
+    CRPS: Metric(partial(st.mean_of, letter=st.CRPS), st.mean_defined, -1, needs=st.CRPS),
+    COVERAGE_50: Metric(
+        partial(st.mean_of, letter=st.COVERAGE_50), st.mean_defined, 0, needs=st.COVERAGE_50
+    ),
+    COVERAGE_90: Metric(
+        partial(st.mean_of, letter=st.COVERAGE_90), st.mean_defined, 0, needs=st.COVERAGE_90
+    ),
+}
+"""Metrics of predictions that are known by samples (see :mod:`seq2expr.spots.spread`). The CRPS
+of what has none is its mean absolute error."""
+
+BY_NAME = METRICS | SAMPLED
+
+SAYS_SAMPLES = (RVD, *SAMPLED)
+"""Metrics that depend on the number S of samples, which is in the note."""
 
 GAUGE_METRICS = {PCC: METRICS[PCC], f"abs_{PCC}": Metric(st.pearson, _mean_size)}
 
@@ -133,6 +157,8 @@ class Section:
         Correlation between two halves of the counts [G], from the controls.
     embeddings
         Image and expression embeddings [N, D] by name, for retrieval.
+    spread
+        What samples say, by the name of the prediction that is their mean.
     """
 
     slide_id: str
@@ -145,6 +171,7 @@ class Section:
     total: np.ndarray | None = None
     halves: np.ndarray | None = None
     embeddings: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    spread: Mapping[str, Spread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -208,12 +235,21 @@ def score_section(
     depth = None if section.total is None else st.log_depth(section.total)
     scores: SectionScores = {}
     for name, predicted in section.predicted.items():
+        spread = section.spread.get(name)
         sums = st.section_sums(
-            truth, predicted, blocks, train_mean=train_mean, log_depth=depth, neighbours=near
+            truth,
+            predicted,
+            blocks,
+            train_mean=train_mean,
+            log_depth=depth,
+            neighbours=near,
+            sampled=None if spread is None else _sampled(spread, truth),
         )
         ranks = st.rank_sums(truth, predicted, blocks)
-        for (subset, metric), score in _from_sums(METRICS, sums, ranks, weights, subsets):
-            scores[subset, name, metric] = score
+        count = 1 if spread is None else spread.count
+        for (subset, metric), score in _from_sums(BY_NAME, sums, ranks, weights, subsets):
+            said = {"note": samples_note(count)} if metric in SAYS_SAMPLES else {}
+            scores[subset, name, metric] = replace(score, **said)
         for subset, columns in subsets.items():
             compare = st.gene_gene_structure(truth[:, columns], predicted[:, columns], blocks)
             found = from_weights(compare(weights[: 1 + _STRUCTURE_BOOT]), centred=True)
@@ -225,9 +261,38 @@ def score_section(
             scores[subset, GAUGE, metric] = score
     if section.halves is not None:
         scores |= _ceilings(section.halves, subsets)
+    scores |= _nominal(section.spread.values(), scores)
     for name, pair in section.embeddings.items():
         scores |= _recalls(name, *pair, section, blocks, weights)
     return scores | _differences(scores, model)
+
+
+def samples_note(count: int) -> str:
+    """Say of how many samples a prediction is the mean."""
+    return f"S = {count}"
+
+
+def _sampled(spread: Spread, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """What the samples say of every entry of the truth [N, G], by the letters of statistics."""
+    levels = {st.COVERAGE_50: 50, st.COVERAGE_90: 90}
+    found = {letter: covered(spread, level, truth) for letter, level in levels.items()}
+    if spread.samples is not None:
+        found[st.CRPS] = fair_crps(spread.samples, truth)
+    return found
+
+
+def _nominal(spreads: Iterable[Spread], scores: SectionScores) -> SectionScores:
+    """How often intervals would cover the truth if it were drawn like their samples.
+
+    Where numbers of samples differ, that of the most.
+    """
+    found = {}
+    for count in sorted({spread.count for spread in spreads}):
+        for metric, level in {COVERAGE_50: 50, COVERAGE_90: 90}.items():
+            bare = without_resamples(nominal(level, count), samples_note(count))
+            at = [(subset, one.n) for (subset, _, named), one in scores.items() if named == metric]
+            found |= {(subset, NOMINAL, metric): Score(bare, n) for subset, n in at}
+    return found
 
 
 def _check(section: Section) -> None:
@@ -243,6 +308,15 @@ def _check(section: Section) -> None:
                 f"{section.slide_id}: the prediction {name!r} holds {n_infinite:,} infinite "
                 "values; use NaN for a value that does not exist."
             )
+    for name, spread in section.spread.items():
+        given = {**spread.quantiles, "samples": spread.samples}
+        for part, values in given.items():
+            wanted = (shape[0], spread.count, shape[1]) if part == "samples" else shape
+            if values is not None and values.shape != wanted:
+                raise UserError(
+                    f"{section.slide_id}: {part} of the prediction {name!r} has the shape "
+                    f"{values.shape}; it must be {wanted}."
+                )
     if len(section.xy_um) != shape[0] or not shape[0]:
         raise UserError(
             f"{section.slide_id} has {shape[0]} spots and {len(section.xy_um)} positions; a "

@@ -1,7 +1,7 @@
 """Predict the expression of every spot of a slide: a picture and positions in, an AnnData out."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from seq2expr.spots.data import SpotSlide
 from seq2expr.spots.inputs import keeps_features, open_inputs
 from seq2expr.spots.reading import BATCH, SpotReader
 from seq2expr.spots.request import open_request
+from seq2expr.spots.spread import summarise
 from seq2expr.store import digest, file_digest, publish
 from seq2expr.text.bank import GeneBank
 
@@ -39,6 +40,26 @@ LARGE_BATCH = 512
 PREDICTED = "predicted"
 """Layer of the predictions; further answers are ``predicted_<name>``."""
 
+SAMPLES = f"{PREDICTED}_samples"
+"""Samples in ``obsm`` [spots, S, genes], where they are asked for."""
+
+_COUNT = "n_samples"
+
+
+class Answers(NamedTuple):
+    """What a model says of some spots.
+
+    Attributes
+    ----------
+    values
+        Every answer by its layer, float32 [rows, G], ``predicted`` first.
+    samples
+        float32 [rows, S, G] of the genes that were trained; None of a model that has none.
+    """
+
+    values: dict[str, np.ndarray]
+    samples: np.ndarray | None
+
 
 class SpotPredictions(NamedTuple):
     """What a prediction of spots returns.
@@ -47,7 +68,10 @@ class SpotPredictions(NamedTuple):
     ----------
     adata
         Spots × genes with ``layers["predicted"]`` = ``X``, in the units of the label card
-        (``uns["seq2expr"]["label"]``). ``None`` when another process wrote it.
+        (``uns["seq2expr"]["label"]``). Of a system that samples, ``predicted_sd`` and
+        ``predicted_q05``, ``_q25``, ``_q50``, ``_q75`` and ``_q95`` are standard deviation and
+        quantiles of ``uns["seq2expr"]["samples"]`` samples. ``None`` when another process wrote
+        it.
     n
         Number of predicted spots.
     skipped
@@ -103,16 +127,25 @@ class SpotPredictor:
                     further = self.model(**fields, gene_text=vectors).mean.float()
                     mean = torch.cat([mean, further], dim=1)
             other = {name: value.float().cpu() for name, value in (answer.other or {}).items()}
-            yield Prediction(mean=mean.cpu(), other=other or None)
+            samples = None if answer.samples is None else answer.samples.float().cpu()
+            yield Prediction(mean=mean.cpu(), other=other or None, samples=samples)
 
-    def predict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return every answer for some rows, float32 [rows, G], ``predicted`` first."""
+    def ask(self, rows: np.ndarray) -> Answers:
+        """Return every answer for some rows, and the samples that are behind them."""
         parts: dict[str, list[np.ndarray]] = {}
+        samples = []
         for answer in self.answers(rows):
             parts.setdefault(PREDICTED, []).append(answer.mean.numpy())
             for name, value in (answer.other or {}).items():
                 parts.setdefault(f"{PREDICTED}_{name}", []).append(value.numpy())
-        return {name: np.concatenate(values) for name, values in parts.items()}
+            if answer.samples is not None:
+                samples.append(answer.samples.numpy())
+        values = {name: np.concatenate(found) for name, found in parts.items()}
+        return Answers(values, np.concatenate(samples) if samples else None)
+
+    def predict(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return every answer for some rows, float32 [rows, G], ``predicted`` first."""
+        return self.ask(rows).values
 
 
 def open_predictor(
@@ -157,6 +190,7 @@ def predict_spots(
     text: Sequence[str | os.PathLike] = (),
     adapter: str | os.PathLike | None = None,
     all_spots: bool = False,
+    samples: bool = False,
     out: str | os.PathLike | None = None,
     verify: bool = False,
 ) -> SpotPredictions:
@@ -190,6 +224,9 @@ def predict_spots(
         Directory of an adapter on the run.
     all_spots
         Also spots that are not marked as selected or in tissue.
+    samples
+        Keep the samples of a system that has any, in ``obsm["predicted_samples"]`` [spots, S,
+        genes]: each is of all genes together, and a CRPS needs them.
     out
         ``.h5ad``; what could not be predicted goes to ``<out>.skipped.tsv``.
     verify
@@ -220,14 +257,17 @@ def predict_spots(
     genes = [*request.genes, *(request.new.genes if request.new else ())]
     made_by = find_run(run if adapter is None else adapter)
     asked = genes if request.new is None else [*genes, request.new.hash]
+    asked = [*asked, SAMPLES] if samples else asked
     identity = _identity(made_by, request.slides, asked)
-    adata = _predicted(predictor, genes, target, identity, request.skipped)
+    make = partial(all_answers, predictor, genes, samples=samples)
+    adata = _predicted(predictor, genes, make, target, identity, request.skipped)
     return SpotPredictions(adata, len(predictor.reader.ids), request.skipped)
 
 
 def _predicted(
     predictor: SpotPredictor,
     genes: list[str],
+    make: Callable[[slice], pd.DataFrame],
     target: Path | None,
     request: str,
     skipped: pd.DataFrame,
@@ -235,32 +275,50 @@ def _predicted(
     """Predict, in chunks where a file is wanted, and join what was predicted to its spots."""
     ids = list(predictor.reader.ids)
     if target is None:
-        return to_adata(predictor, genes, all_answers(predictor, genes))
+        return to_adata(predictor, genes, make(slice(None)))
 
     def finish(table: pd.DataFrame) -> None:
         check_ids(table["id"].tolist(), ids)
         publish(target, to_adata(predictor, genes, table).write_h5ad)
         write_skipped(target, skipped)
 
-    make = partial(all_answers, predictor, genes)
     table = in_chunks(len(ids), make, out=target, request=request, finish=finish, unit="spots")
     return None if table is None else to_adata(predictor, genes, table)
 
 
 def all_answers(
-    predictor: SpotPredictor, genes: Sequence[str], rows: slice = slice(None)
+    predictor: SpotPredictor,
+    genes: Sequence[str],
+    rows: slice = slice(None),
+    *,
+    samples: bool = False,
 ) -> pd.DataFrame:
-    """Predict some rows: a table with ``id`` and a column for each answer and gene."""
+    """Predict some rows: a table with ``id`` and a column for each answer and gene.
+
+    Of a system that samples, also a column for each part of their spread and gene, ``n_samples``,
+    and, where they are asked for, the samples of each row in one cell, sample by sample.
+    """
     where = np.arange(len(predictor.reader.ids))[rows]
     columns = pd.Index(predictor.genes).get_indexer(genes)
-    tables = []
-    for name, values in predictor.predict(where).items():
-        # Only the first answer is given for genes that were not trained.
-        blank = np.full((len(values), len(predictor.genes) - values.shape[1]), np.nan, np.float32)
-        values = np.concatenate([values, blank], axis=1)[:, columns]
-        tables.append(pd.DataFrame(values, columns=[f"{name}\t{gene}" for gene in genes]))
-    ids = pd.Series([predictor.reader.ids[row] for row in where], name="id")
-    return pd.concat([ids, *tables], axis=1)
+    values, drawn = predictor.ask(where)
+    if drawn is not None:
+        values |= {f"{PREDICTED}_{name}": part for name, part in summarise(drawn).items()}
+    tables = [pd.DataFrame({"id": [predictor.reader.ids[row] for row in where]})]
+    for name, part in values.items():
+        wanted = _columns(part, len(predictor.genes), columns)
+        tables.append(pd.DataFrame(wanted, columns=[f"{name}\t{gene}" for gene in genes]))
+    if drawn is not None:
+        tables[0][_COUNT] = drawn.shape[1]
+        if samples:
+            wanted = _columns(drawn, len(predictor.genes), columns)
+            tables[0][SAMPLES] = list(wanted.reshape(len(wanted), -1))
+    return pd.concat(tables, axis=1)
+
+
+def _columns(values: np.ndarray, width: int, columns: np.ndarray) -> np.ndarray:
+    """Choose genes of values [..., G]; only the first answer is given for untrained ones."""
+    blank = np.full((*values.shape[:-1], width - values.shape[-1]), np.nan, np.float32)
+    return np.concatenate([values, blank], axis=-1)[..., columns]
 
 
 def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) -> "AnnData":
@@ -272,7 +330,8 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
     if len(slides) > 1:  # the same array position is on every slide
         obs.index = pd.Index(predictor.reader.ids)
     layers: dict[str, np.ndarray] = {}
-    for name in dict.fromkeys(column.partition("\t")[0] for column in table.columns[1:]):
+    answers = [column for column in table.columns if "\t" in column]
+    for name in dict.fromkeys(column.partition("\t")[0] for column in answers):
         wanted = [f"{name}\t{gene}" for gene in genes]
         layers[name] = table[wanted].to_numpy(np.float32)
     config = predictor.model.config
@@ -291,6 +350,10 @@ def to_adata(predictor: SpotPredictor, genes: list[str], table: pd.DataFrame) ->
         "patch_px": config.patch_px,
         "mpp": {slide.name: slide.mpp for slide in slides},
     }
+    if _COUNT in table:
+        adata.uns["seq2expr"]["samples"] = int(table[_COUNT].iloc[0])
+    if SAMPLES in table:
+        adata.obsm[SAMPLES] = np.stack(list(table[SAMPLES])).reshape(len(adata), -1, len(genes))
     # Pictures in which boundaries were looked for and nuclei cannot be seen.
     if coarse := [name for name, source in predictor.reader.inputs.items() if source.coarse]:
         adata.uns["seq2expr"]["coarse"] = coarse

@@ -12,11 +12,12 @@ from seq2expr.learn.metrics import verdict
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.intervals import BLOCK, average, of_patients
 from seq2expr.spots.metrics import (
+    BY_NAME,
     GAUGE,
-    METRICS,
     PANEL,
     PCC,
     READINGS,
+    SAYS_SAMPLES,
     Section,
     SectionScores,
     score_section,
@@ -58,7 +59,7 @@ class Scores:
         A difference counts when its paired interval excludes 0.
         """
         rows = self.summary[self.summary["metric"] == f"delta_{metric}"]
-        sign = METRICS[metric].sign
+        sign = BY_NAME[metric].sign
         return {
             (row.subset, row.name): verdict(sign * row.low, sign * row.high)
             for row in rows.itertuples(index=False)
@@ -75,7 +76,7 @@ class Scores:
             told = of_patients(sections, patients)
             heading = "; ".join([told, *(note.removesuffix(f" inside {told}") for note in shared)])
             lines.append(f"{metric}, {subset} ({heading})")
-            rows = rows.sort_values("value", ascending=METRICS[metric].sign < 0)
+            rows = rows.sort_values("value", ascending=BY_NAME[metric].sign < 0)
             for row in rows.itertuples(index=False):
                 interval = "" if np.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
                 own = [note for note in row.note.split("; ") if note not in shared]
@@ -199,8 +200,11 @@ def _summary(found: Sequence[tuple[str, SectionScores]], n_boot: int, seed: int)
     for key in dict.fromkeys(key for _, scores in found for key in scores):
         there = [(patient, scores[key].found) for patient, scores in found if key in scores]
         patients, values = zip(*there, strict=True)
-        mean = average(values, patients, n_boot=n_boot, seed=seed)
-        rows.append(dict(zip(("subset", "name", "metric"), key, strict=True)) | asdict(mean))
+        mean = asdict(average(values, patients, n_boot=n_boot, seed=seed))
+        if key[2] in SAYS_SAMPLES:
+            said = [scores[key].note for _, scores in found if key in scores]
+            mean["note"] = "; ".join(dict.fromkeys(filter(None, [*said, mean["note"]])))
+        rows.append(dict(zip(("subset", "name", "metric"), key, strict=True)) | mean)
     return _flag(pd.DataFrame(rows), [])
 
 

@@ -5,7 +5,7 @@ resamples (blocks drawn with replacement) so come from the same few lines, and a
 much as there are blocks, not spots.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -22,11 +22,13 @@ _AT_A_TIME = 2**20
 
 # A term is the product of its letters: n known (0 or 1), x truth, y prediction, d log depth (all
 # three about their mean), e error, a its size, t truth about the training mean, h has a neighbour
-# (0 or 1), u and v the means of x and y over the neighbours.
+# (0 or 1), u and v the means of x and y over the neighbours; c CRPS of samples, i and j whether
+# their central intervals of 50 and 90 % hold the truth (0 or 1).
 CORRELATION = ("n", "x", "y", "xx", "yy", "xy")
 ERRORS = ("n", "ee", "a", "tt")
 DEPTH = ("d", "dd", "xd", "yd")
 NEIGHBOURHOOD = ("h", "hx", "hy", "u", "v", "xu", "yv")
+CRPS, COVERAGE_50, COVERAGE_90 = "c", "i", "j"
 
 # Sums of terms by name: [K, G] over blocks, [R, G] over resamples of them.
 Sums = dict[str, np.ndarray]
@@ -40,6 +42,7 @@ def section_sums(
     train_mean: np.ndarray | None = None,
     log_depth: np.ndarray | None = None,
     neighbours: sp.csr_array | None = None,
+    sampled: Mapping[str, np.ndarray] | None = None,
 ) -> Sums:
     """Add up, over the spots of each block, the terms that the statistics are made of.
 
@@ -56,6 +59,9 @@ def section_sums(
         Log total counts [N]; without it there is no partial correlation.
     neighbours
         From :func:`seq2expr.spots.neighbours.neighbour_weights`; without it there is no Moran's I.
+    sampled
+        [N, G] by `CRPS`, `COVERAGE_50` and `COVERAGE_90`, as far as they are known, NaN where the
+        truth is.
     """
     known = ~(np.isnan(truth) | np.isnan(predicted))
     n = known.astype(np.float64)
@@ -72,6 +78,9 @@ def section_sums(
     if neighbours is not None:
         letters |= _lags(letters, neighbours)
         terms.extend(NEIGHBOURHOOD)
+    for letter, values in (sampled or {}).items():
+        letters[letter] = np.where(known, values, 0.0)
+        terms.append(letter)
     return _add_up(letters, terms, blocks)
 
 
@@ -137,11 +146,16 @@ def relative_variance_difference(sums: Sums) -> np.ndarray:
     """((Var y - Var x) / (Var x + 0.01))² of each gene [R, G], population variances.
 
     The measure of Stem (Zhu et al., ICLR 2025) with a floor under the variance of the truth. It
-    ignores where variance sits, so it is read beside the correlation; here a spot has one
-    prediction (S = 1).
+    ignores where variance sits, so it is read beside the correlation, and falls with the number
+    S of samples whose mean a prediction is, which is said beside it (1 of what does not sample).
     """
     x, y = _variance(sums, "x"), _variance(sums, "y")
     return np.where(sums["n"] >= MIN_ROWS, ((y - x) / (x + RVD_FLOOR)) ** 2, np.nan)
+
+
+def mean_of(sums: Sums, letter: str) -> np.ndarray:
+    """Mean over the known entries of each gene [R, G] of a letter of ``sampled``."""
+    return _per_entry(sums, letter)
 
 
 def morans_i(sums: Sums) -> np.ndarray:

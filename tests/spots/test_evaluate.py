@@ -7,7 +7,8 @@ import pytest
 
 from seq2expr.errors import UserError
 from seq2expr.spots.evaluate import evaluate_spots
-from seq2expr.spots.metrics import PCC
+from seq2expr.spots.metrics import COVERAGE_50, COVERAGE_90, CRPS, PCC
+from seq2expr.spots.spread import fair_crps
 from seq2expr.verbs import evaluate, finetune
 from tests.slides import SPOTS, log_cp10k, write_counts, write_data
 
@@ -302,3 +303,40 @@ def test_what_an_adapter_stands_on_leaks_too(slides, run, tmp_path):
         overrides=["train.epochs=1"],
     )  # fmt: skip
     assert evaluate(tuned).notes == ["leaky: A1 was trained on"]
+
+
+# Samples
+
+
+def test_samples_of_a_run_are_scored(slides, drawing_run):
+    found = evaluate(drawing_run)
+    predicted = [slides.predict(drawing_run, name, samples=True).adata for name in ("C1", "C2")]
+    crps, inside = [], []
+    for name, adata in zip(("C1", "C2"), predicted, strict=True):
+        counts = slides.counts(name)
+        labels = pd.DataFrame(log_cp10k(counts), index=counts.index, columns=counts.columns)
+        labels = labels.loc[adata.obs_names, adata.var_names].to_numpy()
+        crps.append(fair_crps(adata.obsm["predicted_samples"], labels).mean())
+        low, high = adata.layers["predicted_q05"], adata.layers["predicted_q95"]
+        inside.append(((low <= labels) & (labels <= high)).mean())
+    assert value(found, "model", CRPS) == pytest.approx(np.mean(crps), rel=1e-4)
+    assert value(found, "model", COVERAGE_90) == pytest.approx(np.mean(inside), rel=1e-4)
+    assert value(found, "nominal", COVERAGE_90) == pytest.approx(4 / 6)
+    assert f"samples: CRPS {np.mean(crps):.3f}, the interval of 50 % holds " in found.summary()
+    names = set(found.scores.summary["name"])
+    assert {name for name in names if name.startswith("model: ")} == {"model: expected"}
+
+
+def test_samples_of_a_file_are_scored_as_those_of_the_run(slides, drawing_run, tmp_path):
+    whole = value(evaluate(drawing_run), "model", CRPS, slide="C1")
+    slides.predict(drawing_run, out=tmp_path / "full.h5ad", samples=True)
+    slides.predict(drawing_run, out=tmp_path / "bare.h5ad")
+    ask = {"data": slides.data, "root": slides.root, "run": drawing_run}
+    full, bare = (evaluate(tmp_path / f"{name}.h5ad", **ask) for name in ("full", "bare"))
+    assert value(full, "model", CRPS) == pytest.approx(whole, rel=1e-4)
+    assert value(bare, "model", COVERAGE_50) == value(full, "model", COVERAGE_50)
+    assert CRPS not in set(bare.scores.summary["metric"])
+    assert full.notes == []
+    assert bare.notes == [
+        "The file holds no samples, so there is no CRPS; predict with samples=True."
+    ]

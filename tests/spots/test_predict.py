@@ -224,7 +224,7 @@ def test_a_data_file_of_several_slides(slides, run, expected, tmp_path):
 
 def test_an_interrupted_prediction_goes_on(slides, run, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK", 8)
-    original, rows = SpotPredictor.predict, []
+    original, rows = SpotPredictor.ask, []
 
     def dying(self, where):
         rows.append(where.tolist())
@@ -232,7 +232,7 @@ def test_an_interrupted_prediction_goes_on(slides, run, expected, tmp_path, monk
             raise KeyboardInterrupt
         return original(self, where)
 
-    monkeypatch.setattr(SpotPredictor, "predict", dying)
+    monkeypatch.setattr(SpotPredictor, "ask", dying)
     out = tmp_path / "expr.h5ad"
     with pytest.raises(KeyboardInterrupt):
         slides.predict(run, out=out)
@@ -343,3 +343,88 @@ def test_a_real_slide_is_predicted(run, realdata):
     assert len(found.skipped) == 0
     assert np.isfinite(found.adata.X).all()
     assert found.adata.layers["predicted_head"].std(0).min() > 0
+
+
+# Samples
+
+
+def test_samples_become_layers(slides, drawing_run, tmp_path):
+    out = tmp_path / "expr.h5ad"
+    slides.predict(drawing_run, out=out, samples=True)
+    adata = anndata.read_h5ad(out)
+    samples = adata.obsm["predicted_samples"]
+    assert samples.shape == (SPOTS, 5, 20)
+    assert adata.uns["seq2expr"]["samples"] == 5
+    names = ["sd", "q05", "q25", "q50", "q75", "q95"]
+    names = ["expected", *names]
+    assert set(adata.layers) == {"predicted", *(f"predicted_{name}" for name in names)}
+    np.testing.assert_allclose(adata.X, samples.mean(axis=1), rtol=1e-5, atol=1e-6)
+    expected = {"sd": samples.std(axis=1, ddof=1), "q50": np.median(samples, axis=1)}
+    expected |= {"q05": samples.min(axis=1), "q95": samples.max(axis=1)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(adata.layers[f"predicted_{name}"], values, rtol=1e-5)
+    assert (adata.layers["predicted_sd"] > 0).all()
+
+
+def test_samples_are_kept_when_asked(slides, drawing_run):
+    bare, full = (slides.predict(drawing_run, samples=keep).adata for keep in (False, True))
+    assert "predicted_samples" not in bare.obsm
+    assert list(bare.layers) == list(full.layers)
+    for layer in bare.layers:
+        np.testing.assert_array_equal(bare.layers[layer], full.layers[layer])
+    few = slides.predict(drawing_run, samples=True, genes=full.var_names[[7, 2]].tolist()).adata
+    np.testing.assert_array_equal(
+        few.obsm["predicted_samples"], full.obsm["predicted_samples"][:, :, [2, 7]]
+    )
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_samples_do_not_depend_on_batches(slides, drawing_run, monkeypatch, size):
+    expected = slides.predict(drawing_run, samples=True).adata
+    original = SpotReader.batches
+    monkeypatch.setattr(SpotReader, "batches", lambda self, rows, _: original(self, rows, size))
+    found = slides.predict(drawing_run, samples=True).adata
+    np.testing.assert_allclose(
+        found.obsm["predicted_samples"], expected.obsm["predicted_samples"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_interrupted_samples_go_on(slides, drawing_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 8)
+    expected = slides.predict(drawing_run, samples=True).adata
+    original, calls = SpotPredictor.ask, []
+
+    def dying(self, where):
+        calls.append(where.tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, where)
+
+    monkeypatch.setattr(SpotPredictor, "ask", dying)
+    out = tmp_path / "expr.h5ad"
+    with pytest.raises(KeyboardInterrupt):
+        slides.predict(drawing_run, out=out, samples=True)
+    slides.predict(drawing_run, out=out, samples=True)
+    assert len(calls) == 3 + 2
+    found = anndata.read_h5ad(out)
+    np.testing.assert_allclose(
+        found.obsm["predicted_samples"], expected.obsm["predicted_samples"], rtol=1e-4, atol=1e-5
+    )
+    for layer in expected.layers:
+        np.testing.assert_allclose(
+            found.layers[layer], expected.layers[layer], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_members_of_an_ensemble_bring_their_own_samples(slides, drawing_run, tmp_path):
+    system = drawing_run.parent / "tiny_stem.yaml"
+    run = slides._replace(system=system).train(
+        tmp_path / "run", "train.members=2", "train.epochs=1"
+    )
+    adata = slides.predict(run, samples=True).adata
+    samples = adata.obsm["predicted_samples"]
+    assert samples.shape == (SPOTS, 10, 20)
+    assert adata.uns["seq2expr"]["samples"] == 10
+    np.testing.assert_allclose(adata.X, samples.mean(axis=1), rtol=1e-5, atol=1e-6)
+    one, other = (samples[:, part] - adata.X[:, None] for part in (slice(5), slice(5, 10)))
+    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.5  # not the same noise
