@@ -121,6 +121,21 @@ SYSTEMS = (
         "Auxiliary Gene Selection",
         "ours (MIT); the authors' code is not used",
     ),
+    SystemEntry(
+        "stem",
+        "H&E patches; answers with samples of all genes of a spot",
+        "Zhu et al. 2025, Diffusion Generative Modeling for Spatially Resolved Gene Expression "
+        "Inference from Histology Images",
+        "ours (MIT); the authors' code is not used",
+    ),
+    SystemEntry(
+        "comtip",
+        "H&E patches, texts on the genes; expression of the training spots",
+        "after Qian et al. 2025, Learning from Gene Names, Expression Values and Images: "
+        "Contrastive Masked Text-Image Pretraining for Spatial Transcriptomics Representation "
+        "Learning (of which only the abstract could be read)",
+        "ours (MIT); no code of the authors was found",
+    ),
 )
 """Systems that train, predict and evaluate in this version."""
 
@@ -354,9 +369,6 @@ ENCODERS = (
     ),
 )
 """Image encoders (``model.encoder``). Give patches the scale that an encoder was trained at."""
-# and in LISTS:  "encoders": ENCODERS
-"""Image encoders (``model.encoder``)."""
-
 LLMS = (
     LlmEntry(
         "HuggingFaceTB/SmolLM2-135M",

@@ -1,13 +1,16 @@
 """What can be named: every row says size, licence and access, and the sizes are right."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
 
+import seq2expr.systems
 from seq2expr.cli import app
 from seq2expr.model.trunks import KINDS
-from seq2expr.registry import LISTS, LLMS, REMEMBERED, TRUNKS
+from seq2expr.registry import LISTS, LLMS, REMEMBERED, SYSTEMS, TRUNKS
 
 
 @pytest.mark.parametrize("what", LISTS)
@@ -15,6 +18,12 @@ def test_rows_are_full_and_have_names_of_their_own(what):
     rows = LISTS[what]
     assert all(isinstance(field, str) and field for row in rows for field in row)
     assert len({row.name for row in rows}) == len(rows)
+
+
+def test_every_system_is_listed():
+    modules = Path(seq2expr.systems.__file__).parent.glob("*.py")
+    names = {path.stem for path in modules} - {"__init__"}
+    assert {row.name for row in SYSTEMS} == names
 
 
 @pytest.mark.parametrize("what", ["trunks", "encoders", "llms"])

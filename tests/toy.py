@@ -47,10 +47,26 @@ _SCALES = {
     "context_encoder": "colour",
     "head": _PAIR["head"],
 }
+_COMTIP = {
+    **dict.fromkeys(("text_width", "embedding"), 8),
+    **dict.fromkeys(("depth", "text_depth"), 1),
+    "width": 16,
+    "heads": 2,
+    "dropout": 0.0,
+    "bins": 3,
+    "neighbours": 3,
+}
 SMALL_SPOTS = {
     "nsl": {"encoder": {"kind": "od", "grid": 4}, "restarts": 2},
     "mclstexp": {**_PAIR, "depth": 1, "heads": 2, "head_dim": 4, "embedding": 8, "neighbours": 3},
     "hescape": {**_PAIR, "embedding": 8, "components": 2, "neighbours": 3},
+    "comtip": _PAIR
+    | {
+        "encoder": {"kind": "cnn", "px": PX, "pool": "tokens"},
+        **_COMTIP,
+        "gene_vectors": [[0.5, -1.0, 0.2], [-0.7, 0.4, 1.1]],
+    },
+    "stem": {**_PAIR, "width": 16, "depth": 1, "heads": 2, "samples": 3, "steps": 4},
     "triplex": _SCALES,
     "bg_triplex": _SCALES
     | {"boundary_mpp": 14.0, "spot_channels": [4, 8], "window_channels": [4, 8]},
@@ -193,6 +209,9 @@ def toy_system(name: str = "seq2exp", *, seed: int = 0, **settings: Any) -> Syst
         changes = (_small_gta if name == "gta" else _small_seq2exp)(**settings)
     torch.manual_seed(seed)
     made = system(system.config_class(**(fitted | changes))).eval()
+    if getattr(made, "denoiser", None) is not None:  # it starts as 0, and then all looks alike
+        for weight in made.denoiser.parameters():
+            torch.nn.init.normal_(weight, std=0.15)
     if isinstance(made, SpotSystem):  # as training does before its first step
         made.prepare(lambda _: [toy_spots(8, seed=99, system=made)])
     return made
