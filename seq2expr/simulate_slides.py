@@ -198,7 +198,7 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 
 def _check_driver(name: str) -> None:
-    words = _words(name)
+    words = words_of(name)
     if not words and name not in DRIVERS:
         raise UserError(
             f"The driver of a mechanism is {name!r}; it must be {', '.join(DRIVERS)}, or "
@@ -208,16 +208,16 @@ def _check_driver(name: str) -> None:
         raise UserError(
             f"The driver {name!r} names the word {unknown[0]!r}; choose from {', '.join(WORDS)}."
         )
-    if words and not np.abs(_direction(words)).sum() > 0.1:
+    if words and not np.abs(direction(words)).sum() > 0.1:
         raise UserError(f"The words of {name!r} cancel one another; choose others.")
 
 
-def _words(driver: str) -> list[str]:
+def words_of(driver: str) -> list[str]:
     """Return the words of a family; none of any other driver."""
     return driver.removeprefix(FAMILY).split("+") if driver.startswith(FAMILY) else []
 
 
-def _direction(words: Sequence[str]) -> np.ndarray:
+def direction(words: Sequence[str]) -> np.ndarray:
     """Return how a family follows nuclei and eosin, [2]."""
     return np.sum([WORDS[word] for word in words], axis=0)
 
@@ -227,7 +227,7 @@ def _assign(genes: int, mechanisms: Sequence[Mechanism]) -> pd.DataFrame:
     edges = np.cumsum([0.0, *(m.share for m in mechanisms)])
     middles = (np.arange(genes) + 0.5) / genes * edges[-1]
     chosen = [mechanisms[i] for i in np.searchsorted(edges, middles) - 1]
-    signs = [1 if _words(m.driver) else (-1) ** i for i, m in enumerate(chosen)]
+    signs = [1 if words_of(m.driver) else (-1) ** i for i, m in enumerate(chosen)]
     return pd.DataFrame(
         {
             "gene_id": [gene_id(number) for number in range(1, genes + 1)],
@@ -246,7 +246,7 @@ def _describe(truth: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
             "gene_id": truth["gene_id"],
             "name": names,
             "synonyms": [f"GENE{number}" for number in range(1, len(truth) + 1)],
-            "family": [" and ".join(_words(driver)) for driver in truth["driver"]],
+            "family": [" and ".join(words_of(driver)) for driver in truth["driver"]],
         }
     )
 
@@ -261,8 +261,8 @@ def _standardise(drivers: pd.DataFrame, asked: Sequence[str]) -> pd.DataFrame:
     both = z[["nuclei", "eosin"]]
     if "programme" in asked:
         z["programme"] = _scaled(both.prod(axis=1))
-    for family in [name for name in asked if _words(name)]:
-        z[family] = _scaled(both @ _direction(_words(family)))
+    for family in [name for name in asked if words_of(name)]:
+        z[family] = _scaled(both @ direction(words_of(family)))
     return z
 
 

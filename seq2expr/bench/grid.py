@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 
 from seq2expr.bench.jobs import Job
-from seq2expr.bench.protocol import CONTROL_FOLDER, Protocol
+from seq2expr.bench.protocol import Protocol
+from seq2expr.bench.protocol_checks import CONTROL_FOLDER
 from seq2expr.bench.standings import ALL, TestGenes
 from seq2expr.config import RunConfig, TrainConfig, load_run_config
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, open_data
 from seq2expr.learn.labels import read_category
-from seq2expr.learn.splits import Split, folds
+from seq2expr.learn.splits import Split, chromosome_split, folds
 from seq2expr.schema import DataConfig, SplitSpec
 from seq2expr.store import digest, file_digest
 
@@ -51,7 +52,9 @@ class Grid:
         Files of the data set, and files and directories that settings name, with their hashes,
         by role.
     excluded
-        Chromosomes that no row sees: excluded by the data set, or without a label.
+        Chromosomes that no row sees: excluded by the data set or the protocol, or without a label.
+    left_out
+        Optional rows that lack a setting, with the reason.
     """
 
     shown: list[str]
@@ -61,6 +64,7 @@ class Grid:
     data: DataConfig
     inputs: dict[str, dict[str, str]]
     excluded: list[str]
+    left_out: dict[str, str]
 
 
 def lay_out(
@@ -114,7 +118,9 @@ def lay_out(
         role: {"file": os.fspath(path), "blake2b": _digest_of(path)}
         for role, path in files.items()
     }
-    return Grid(shown, list(jobs.values()), splits, genes, first.data, inputs, excluded)
+    left_out = {} if systems else protocol.left_out
+    jobs = list(jobs.values())
+    return Grid(shown, jobs, splits, genes, first.data, inputs, excluded, left_out)
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,9 @@ class _Layout:
         }
         source, overrides = self.protocol.configuration(row, runs)
         config = load_run_config(source, data=self.data, overrides=[*overrides, *fixed])
-        # Members have consecutive seeds, so those of two seeds never meet.
+        # Members have consecutive seeds, so those of two seeds never meet. Twins are rows here.
         train = config.train.model_copy(update={"seed": seed * config.train.members})
-        return config.model_copy(update={"train": train})
+        return config.model_copy(update={"train": train, "controls": False})
 
     def job(
         self,
@@ -267,6 +273,11 @@ def _splits(
     known = labels.targets.iloc[:, 0].notna().to_numpy()
     counts = labels.genes["chrom"][known].value_counts(sort=False).to_dict()
     spec = protocol.folds
+    if spec.given:
+        excluded = list(dict.fromkeys([*data.exclude_chroms, *spec.exclude]))
+        rest = {"exclude": excluded, "chroms_present": labels.inputs.genes["chrom"].unique()}
+        given = [chromosome_split(test=f.test, valid=f.valid, **rest) for f in spec.given]
+        return given, excluded
     splits = folds(counts, n_folds=spec.n, n_valid_share=spec.valid_share, seed=spec.seed)
     present = labels.inputs.genes["chrom"].unique()
     return splits, [chrom for chrom in present if chrom not in counts]

@@ -24,7 +24,7 @@ import pandas as pd
 from seq2expr.bench.hescape_jobs import MeasureJob, PairJob
 from seq2expr.bench.hescape_protocol import HescapeProtocol, Row
 from seq2expr.bench.jobs import Step, carry_out
-from seq2expr.bench.run import check_folder
+from seq2expr.bench.outcome import Outcome, check_folder, effective, failed_runs, nothing_left
 from seq2expr.bench.spot_grid import slide_identity
 from seq2expr.bench.spot_jobs import Look
 from seq2expr.bench.spot_protocol import Fold, folds_of
@@ -32,7 +32,6 @@ from seq2expr.errors import UserError
 from seq2expr.image.labels import label_card
 from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.model.encoders import build_encoder
-from seq2expr.model.spot_system import SpotConfig
 from seq2expr.model.system import check_settings
 from seq2expr.spots.data import open_spots
 from seq2expr.spots.inputs import open_inputs
@@ -84,14 +83,14 @@ class Pairs:
         return [*self.trains.values(), *self.measures.values()]
 
 
-@dataclass(frozen=True, eq=False)
-class HescapeBenchmark:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HescapeBenchmark(Outcome):
     """A finished benchmark of image-expression pairs.
 
     Parameters
     ----------
-    out
-        Its folder.
+    out, failed
+        As of any :class:`seq2expr.bench.outcome.Outcome`.
     protocol
         What was asked for.
     pairs
@@ -101,21 +100,12 @@ class HescapeBenchmark:
         :func:`seq2expr.bench.hescape_page.averages`).
     measures
         Every measure of every pair, fold and seed.
-    failed
-        ``name`` and ``reason`` of the jobs that failed.
     """
 
-    out: Path
     protocol: HescapeProtocol
     pairs: Pairs
     tables: dict[str, pd.DataFrame]
     measures: pd.DataFrame
-    failed: pd.DataFrame
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.out / "report.html"
 
     def summary(self) -> str:
         """Return what the tables say first as text."""
@@ -169,19 +159,18 @@ def benchmark_hescape(
         *(spec.name, len(pairs.rows), len(pairs.folds), len(spec.seeds)),
         *(len(pairs.trains), left, at_once),
     )
-    write_text(out / "protocol.yaml", format_yaml(_effective(spec, pairs)))
+    write_text(out / "protocol.yaml", format_yaml(effective(spec, _made_from(pairs))))
     if waiting:
         _encode(pairs, root)
     failures = carry_out(waiting, at_once=at_once)
-    failed = pd.DataFrame(failures.items(), columns=["name", "reason"])
+    failed = failed_runs(failures)
     measures = gather(pairs, failures)
     if measures.empty:
-        raise UserError(
-            f"No job is finished; the first that failed was {failed['name'].iloc[0]}: "
-            f"{failed['reason'].iloc[0]}"
-        )
+        raise nothing_left("No job is finished", failed)
     tables = averages(measures, pairs)
-    found = HescapeBenchmark(out, spec, pairs, tables, measures, failed)
+    found = HescapeBenchmark(
+        out=out, failed=failed, protocol=spec, pairs=pairs, tables=tables, measures=measures
+    )
     for kind, table in tables.items():
         write_tsv(out / FILES[kind], table)
     write_tsv(out / "measures.tsv", measures)
@@ -304,13 +293,7 @@ def _look(spec: HescapeProtocol, row: Row, fold: Fold) -> Look:
             "compare; name a system file of hescape in config."
         )
     check_settings(system.config_class, config.model)
-    geometry: SpotConfig = system.config_class(**config.model)
-    return Look(
-        encoder=geometry.encoder,
-        patch_um=geometry.patch_um,
-        patch_px=geometry.patch_px,
-        turned=config.train.dihedral,
-    )
+    return Look.of(config)
 
 
 def _encode(pairs: Pairs, root: Path) -> None:
@@ -321,9 +304,8 @@ def _encode(pairs: Pairs, root: Path) -> None:
         open_inputs(list(slides.values()), encoder, look.spec, turned=look.turned)
 
 
-def _effective(spec: HescapeProtocol, pairs: Pairs) -> dict[str, Any]:
-    """Return the protocol as it is run, with what it is run on."""
-    made_from = {
+def _made_from(pairs: Pairs) -> dict[str, Any]:
+    return {
         "rows": [row.name for row in pairs.rows],
         "labels": pairs.labels,
         "leaky": bool(pairs.leaks),
@@ -332,4 +314,3 @@ def _effective(spec: HescapeProtocol, pairs: Pairs) -> dict[str, Any]:
         "sections": pairs.inputs,
         "encoders": {name: look.encoder["identity"] for name, look in pairs.looks.items()},
     }
-    return spec.model_dump(mode="json", exclude_defaults=True) | {"made_from": made_from}

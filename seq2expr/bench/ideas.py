@@ -7,60 +7,46 @@ interval is that of Student's t over simulation seeds.
 """
 
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from seq2expr.bench.ideas_jobs import IdeaJob
 from seq2expr.bench.ideas_protocol import ARMS, PANEL_FILE, Idea, IdeasProtocol, data_of
 from seq2expr.bench.ideas_scoring import ALL, average, judge, score
-from seq2expr.bench.jobs import carry_out
-from seq2expr.bench.run import check_folder
-from seq2expr.errors import UserError
+from seq2expr.bench.outcome import Outcome, check_folder, effective, failed_runs, nothing_left
+from seq2expr.bench.schedule import carry_out_timed
 from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.plot import save
 from seq2expr.simulate_slides import simulate_slides
 from seq2expr.store import digest, file_digest, write_text
 from seq2expr.yamlfile import format_yaml
 
-log = logging.getLogger(__name__)
-
 _MADE = "simulation.json"  # written last: the slides of a folder that has it are whole
 
 
-@dataclass(frozen=True, eq=False)
-class IdeasBenchmark:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IdeasBenchmark(Outcome):
     """A finished benchmark of ideas.
 
     Parameters
     ----------
-    out
-        Its folder.
+    out, failed
+        As of any :class:`seq2expr.bench.outcome.Outcome`.
     protocol
         What was asked for.
     table
         What the gains come to (see :func:`seq2expr.bench.ideas_scoring.judge`).
     gains
         Of each seed (see :func:`seq2expr.bench.ideas_scoring.average`).
-    failed
-        ``name`` and ``reason`` of the runs that failed.
     """
 
-    out: Path
     protocol: IdeasProtocol
     table: pd.DataFrame
     gains: pd.DataFrame
-    failed: pd.DataFrame
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.out / "report.html"
 
     def summary(self) -> str:
         """Return the table as text."""
@@ -110,23 +96,21 @@ def benchmark_ideas(
 
     check_folder(out, spec.name)
     names = spec.chosen(systems)
-    write_text(out / "protocol.yaml", format_yaml(_effective(spec, names)))
+    write_text(out / "protocol.yaml", format_yaml(effective(spec, {"ideas": names})))
     jobs = lay_out(spec, names, out)
     waiting = [job for job in jobs.values() if not job.is_done()]
-    log.info(
-        "%s: %d ideas × 2 × %d seeds = %d runs, %d to train, %d at a time.",
-        *(spec.name, len(names), len(spec.seeds), len(jobs), len(waiting), at_once),
+    size = f"{len(names)} ideas × 2 × {len(spec.seeds)} seeds = {len(jobs)} runs"
+    failures = carry_out_timed(
+        list(jobs.values()), waiting, what=f"{spec.name}: {size}", minutes={}, at_once=at_once
     )
-    failures = carry_out(waiting, at_once=at_once)
-    failed = pd.DataFrame(failures.items(), columns=["name", "reason"])
+    failed = failed_runs(failures)
     genes = score(spec, jobs, failures)
     if genes.empty:
-        raise UserError(
-            f"No idea has both of its runs; the first that failed was {failed['name'].iloc[0]}: "
-            f"{failed['reason'].iloc[0]}"
-        )
+        raise nothing_left("No idea has both of its runs", failed)
     gains = average(genes)
-    found = IdeasBenchmark(out, spec, judge(gains, spec), gains, failed)
+    found = IdeasBenchmark(
+        out=out, failed=failed, protocol=spec, table=judge(gains, spec), gains=gains
+    )
     write_tsv(out / "ideas.tsv", found.table)
     write_tsv(out / "gains.tsv", gains)
     write_tsv(out / "genes.tsv", genes)
@@ -193,9 +177,3 @@ def simulate(idea: Idea, seed: int, folder: Path) -> dict[str, dict]:
     write_text(folder / PANEL_FILE, "\n".join(panel) + "\n")
     write_text(known, json.dumps({"settings": settings, "slides": slides}, indent=1) + "\n")
     return slides
-
-
-def _effective(spec: IdeasProtocol, names: Sequence[str]) -> dict[str, Any]:
-    """Return the protocol as it is run."""
-    made_from = {"ideas": list(names)}
-    return spec.model_dump(mode="json", exclude_defaults=True) | {"made_from": made_from}

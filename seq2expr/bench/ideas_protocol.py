@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from seq2expr.bench.protocol import NAME
+from seq2expr.bench.protocol_checks import NAME
 from seq2expr.config import RunConfig, checked, load_run_config, merge, parse_overrides, read_yaml
 from seq2expr.errors import UserError
 from seq2expr.schema import SlideSpec, SpotDataConfig, SpotSplit, Strict

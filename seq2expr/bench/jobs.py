@@ -2,7 +2,7 @@
 
 A job ``ROW/fold0_seed0`` leaves ``ROW/fold0_seed0/`` (an ordinary run directory), and beside it
 ``.parquet`` (predicted test genes; it is there when the job is done), ``.json`` (what it was made
-of), and, where it ran in a process of its own, ``.log``.
+of), ``.cost.json`` (what it took) and, where it ran in a process of its own, ``.log``.
 """
 
 import json
@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pandas as pd
 import pydantic
 
 from seq2expr.bench.classical import fit_controls
+from seq2expr.bench.costs import Cost, measured, read_cost
 from seq2expr.bench.protocol import ControlSpec
 from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
@@ -123,6 +125,22 @@ class Step(Strict):
         members = json.loads(summary.read_text(encoding="utf-8"))["members"]
         return float(sum(member["parameters"] for member in members))
 
+    def n_predicted(self) -> int:
+        """Return of how many genes or spots there are predictions."""
+        return self.read().index.nunique()
+
+    def cost(self) -> Cost | None:
+        """Return what the run took, where that is known."""
+        return read_cost(self._cost_file)
+
+    def measured(self) -> AbstractContextManager[Callable[[], None]]:
+        """Measure what the run takes (see :func:`seq2expr.bench.costs.measured`)."""
+        return measured(self._cost_file, whole=not self.run.exists())
+
+    @property
+    def _cost_file(self) -> Path:
+        return self.beside(".cost.json")
+
     def beside(self, ending: str) -> Path:
         """Return the path of one of its files."""
         return self.folder / (self.name + ending)
@@ -154,13 +172,17 @@ class Job(Step):
         """Train and predict, or fit the controls."""
         if self.controls is not None:
             return fit_controls(self.config, self.root, self.genes, self.controls)
-        run = train_run(self.config, self.root, self.run)
-        source = Source(run, self.config, self.config.data, self.root, None, WindowConfig())
-        predicted = source.predict(run, self.genes)
+        with self.measured() as trained:
+            run = train_run(self.config, self.root, self.run)
+            trained()
+            source = Source(run, self.config, self.config.data, self.root, None, WindowConfig())
+            predicted = source.predict(run, self.genes)
         return predicted[["gene_id", *self.config.data.targets]]
 
 
-def carry_out(jobs: Sequence[Step], *, at_once: int) -> dict[str, str]:
+def carry_out(
+    jobs: Sequence[Step], *, at_once: int, failed: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Do jobs, each after those that it needs, and go on when one fails.
 
     Parameters
@@ -169,22 +191,24 @@ def carry_out(jobs: Sequence[Step], *, at_once: int) -> dict[str, str]:
         Each after those of its ``needs`` that are not done yet.
     at_once
         With 1 they are done in this process; otherwise as many processes share the cores.
+    failed
+        Jobs that failed before, with the reason.
 
     Returns
     -------
-    Why a job failed, by its name.
+    Why a job failed, now or before, by its name.
     """
+    failed = dict(failed or {})
     if at_once == 1:
-        failed: dict[str, str] = {}
         for job in progress(jobs, what="runs", unit="run"):
             _note(failed, job, _blocked(job, failed) or _attempt(job))
-        return failed
-    return _side_by_side(jobs, at_once)
+    else:
+        _side_by_side(jobs, at_once, failed)
+    return failed
 
 
-def _side_by_side(jobs: Sequence[Step], at_once: int) -> dict[str, str]:
+def _side_by_side(jobs: Sequence[Step], at_once: int, failed: dict[str, str]) -> None:
     futures: dict[str, Future] = {}
-    failed: dict[str, str] = {}
 
     def work(job: Step) -> None:
         # What a job waits for was handed in before it, so the first unfinished one never waits.
@@ -202,7 +226,6 @@ def _side_by_side(jobs: Sequence[Step], at_once: int) -> dict[str, str]:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return failed
 
 
 def _note(failed: dict[str, str], job: Step, why: str | None) -> None:

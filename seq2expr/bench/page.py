@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seq2expr.bench.costs import COSTS
 from seq2expr.bench.grid import by_fold
+from seq2expr.bench.protocol import Comparison
 from seq2expr.plot import BLUE, GREY, INK, ORANGE, PALE, SMALL, plain, style_axes, wrapped
 from seq2expr.report import Report
 
@@ -107,7 +109,7 @@ def write_report(found: "Benchmark") -> None:
     if found.missing:
         report.facts({f"{name} is not given": why for name, why in found.missing.items()})
     report.section("Rows")
-    report.table(_rows(found), "How each row is made.")
+    report.table(rows_table(spec), "How each row is made.")
     report.section("Folds")
     report.text(
         "Parts are whole chromosomes. Here the labels of test genes are read for the last scoring "
@@ -123,30 +125,58 @@ def write_report(found: "Benchmark") -> None:
 
 
 def _readable(rows: pd.DataFrame, found: "Benchmark") -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "row": rows["row"],
-            found.protocol.metric: [_interval(*v) for v in rows[["value", "low", "high"]].values],
-            f"{found.protocol.compare} − row": [
-                _interval(*v)
-                for v in rows[["difference", "difference_low", "difference_high"]].values
-            ],
-            "verdict": rows["verdict"],
-            "n": rows["n"],
-            "no prediction": rows["n_nan"],
-            "constant runs": rows["n_constant"],
-            "seeds": rows["seeds"],
-            "sd of seeds": rows["seed_sd"],
-            "trained parameters": rows["parameters"],
-            "note": rows["note"],
-        }
-    )
+    difference = rows[["difference", "difference_low", "difference_high"]].to_numpy()
+    table = {
+        "row": rows["row"],
+        found.protocol.metric: [
+            interval_text(*v) for v in rows[["value", "low", "high"]].to_numpy()
+        ],
+        f"{found.protocol.compare} − row": [interval_text(*v) for v in difference],
+        "verdict": rows["verdict"],
+        "n": rows["n"],
+        "no prediction": rows["n_nan"],
+        "constant runs": rows["n_constant"],
+        "seeds": rows["seeds"],
+        "sd of seeds": rows["seed_sd"],
+    }
+    return pd.DataFrame(table | cost_columns(rows, "genes") | {"note": rows["note"]})
 
 
-def _interval(value: float, low: float, high: float) -> str:
+def interval_text(value: float, low: float = np.nan, high: float = np.nan) -> str:
+    """Write a value with its interval, where there is one."""
     if np.isnan(value):
         return "–"
     return f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
+
+def cost_columns(rows: pd.DataFrame, what: str) -> dict[str, pd.Series]:
+    """Return what rows took, by the heads of the columns; ``what`` is predicted."""
+    heads = (
+        *("trained parameters", "training (s)", "prediction (s)"),
+        *(f"per 1,000 {what} (s)", "peak memory (MB)"),
+    )
+    return {head: rows[name] for head, name in zip(heads, COSTS, strict=True)}
+
+
+def said_costs(what: str) -> str:
+    """Say what the columns of `cost_columns` hold."""
+    return (
+        "Time: means over the runs on the machine that made them, with whatever else it did. Per "
+        f"1,000 {what}: all predictions together, opening of files included, which is most of it "
+        "where few are predicted. Peak memory: the largest of a run, of its process (of the GPU, "
+        "where there is one); with --jobs 1 all runs share a process, which holds something of "
+        "those before."
+    )
+
+
+def rows_table(protocol: Comparison) -> pd.DataFrame:
+    """Return how each row of a protocol is made."""
+    rows = []
+    for name, row in protocol.rows.items():
+        made = row.config or f"like {row.like}"
+        changes = ", ".join(f"{key} = {value}" for key, value in row.set.items())
+        rows.append((name, row.note, made, changes))
+    return pd.DataFrame(rows, columns=["row", "what it is", "made from", "changes"])
 
 
 def _caption(subset: str, found: "Benchmark") -> str:
@@ -155,14 +185,5 @@ def _caption(subset: str, found: "Benchmark") -> str:
         "resampled together for all rows and seeds. A difference counts when its interval "
         "excludes 0; intervals are not widened for the number of rows. No prediction: labelled "
         "genes without one. Constant runs: seeds × folds in which every test gene gets the same "
-        "value."
+        "value. " + said_costs("genes")
     )
-
-
-def _rows(found: "Benchmark") -> pd.DataFrame:
-    rows = []
-    for name, row in found.protocol.rows.items():
-        made = row.config or f"like {row.like}"
-        changes = ", ".join(f"{key} = {value}" for key, value in row.set.items())
-        rows.append((name, row.note, made, changes))
-    return pd.DataFrame(rows, columns=["row", "what it is", "made from", "changes"])

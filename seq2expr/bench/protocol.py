@@ -8,11 +8,12 @@ is therefore trained first.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
+from seq2expr.bench.protocol_checks import REFERENCE, problems_of, references
 from seq2expr.config import checked, merge, parse_overrides, read_yaml
 from seq2expr.errors import UserError
 from seq2expr.learn.controls import CONTROLS
@@ -22,12 +23,18 @@ from seq2expr.schema import Strict
 KMER_RIDGE = "kmer_ridge"
 KNOWN_CONTROLS = (*CONTROLS, KMER_RIDGE)
 
-CONTROL_FOLDER = "controls"
-"""Where the controls lie beside the rows; no row may have this name."""
 
-_REFERENCE = re.compile(r"\$\{(run:)?([^}]*)\}")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-"""What rows may be called; folders are called so too."""
+class ChromosomeFold(Strict):
+    """A fold of genes.
+
+    Parameters
+    ----------
+    test, valid
+        Chromosomes that are tested and validated on.
+    """
+
+    test: list[str] = pydantic.Field(min_length=1)
+    valid: list[str] = pydantic.Field(min_length=1)
 
 
 class FoldSpec(Strict):
@@ -41,11 +48,29 @@ class FoldSpec(Strict):
         Share of the genes outside the test fold to validate on.
     seed
         Seed of ties and of the validation draw.
+    given
+        Instead: the folds themselves. Other chromosomes train.
+    exclude
+        With ``given``: chromosomes that no row sees, beside those that the data set excludes.
     """
 
     n: int = 3
     valid_share: float = 0.1
     seed: int = 0
+    given: list[ChromosomeFold] = pydantic.Field(default_factory=list)
+    exclude: list[str] = pydantic.Field(default_factory=list)
+
+    @pydantic.model_validator(mode="after")
+    def _one_or_the_other(self) -> "FoldSpec":
+        drawn = self.model_fields_set & {"n", "valid_share", "seed"}
+        if self.given and drawn:
+            raise ValueError(f"{min(drawn)} is of folds that are drawn, and these are given")
+        if self.exclude and not self.given:
+            raise ValueError("exclude is of folds that are given, and these are drawn")
+        tested = [chrom for fold in self.given for chrom in fold.test]
+        if twice := [chrom for chrom in tested if tested.count(chrom) > 1]:
+            raise ValueError(f"{twice[0]} is tested on in two folds")
+        return self
 
 
 class RowSpec(Strict):
@@ -61,6 +86,11 @@ class RowSpec(Strict):
         Changes by dotted key, as ``--set`` of ``train`` takes them.
     shown
         Whether the row stands in the table; one that is not is trained where others name it.
+    optional
+        Whether the row is left out, which the report then says, where a setting that it names has
+        no value.
+    minutes
+        About how long a run takes on one core, for the estimate before any run is known.
     note
         What the row is, for the reader of the table.
     """
@@ -69,6 +99,8 @@ class RowSpec(Strict):
     like: str | None = None
     set: dict[str, Any] = pydantic.Field(default_factory=dict)
     shown: bool = True
+    optional: bool = False
+    minutes: float | None = pydantic.Field(None, gt=0)
     note: str = ""
 
 
@@ -138,8 +170,24 @@ class Comparison(Strict):
         """Yield what the types alone do not refuse, and :func:`load_protocol` does not see."""
         yield from ()
 
+    @property
+    def minutes(self) -> dict[str, float]:
+        """What a run takes, by row, where the protocol says so."""
+        return {name: row.minutes for name, row in self.rows.items() if row.minutes is not None}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Optional rows that lack a setting, with the reason."""
+        found = {}
+        for name, row in self.rows.items():
+            if row.optional and (missing := self._lacks(name)):
+                found[name] = f"it needs the setting {missing}; give it with --set {missing}=VALUE"
+        return found
+
     def chosen(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
-        """Return the shown rows among ``names`` (all by default), and all rows to train for them.
+        """Return the shown rows among ``names``, and all rows to train for them.
+
+        By default these are all but those of `left_out`.
 
         The latter stand in the order in which they can be trained.
 
@@ -149,7 +197,8 @@ class Comparison(Strict):
             When a name is no row that can be shown.
         """
         shown = [name for name, row in self.rows.items() if row.shown]
-        wanted = shown if names is None else list(dict.fromkeys(names))
+        given = [name for name in shown if name not in self.left_out]
+        wanted = given if names is None else list(dict.fromkeys(names))
         if unknown := [name for name in wanted if name not in shown]:
             raise UserError(f"No row is called {unknown[0]!r}; choose from {', '.join(shown)}.")
         if not wanted:
@@ -161,14 +210,14 @@ class Comparison(Strict):
 
     def needs(self, row: str) -> list[str]:
         """Return the rows whose runs the settings of a row name."""
-        _, changes = self._recipe(row)
-        found = (name for value in changes.values() for run, name in _references(value) if run)
+        _, changes = self.recipe(row)
+        found = (name for value in changes.values() for run, name in references(value) if run)
         return list(dict.fromkeys(found))
 
     def reads(self, row: str) -> dict[str, Any]:
         """Return the settings that the changes of a row name, by name."""
-        _, changes = self._recipe(row)
-        found = (name for value in changes.values() for run, name in _references(value) if not run)
+        _, changes = self.recipe(row)
+        found = (name for value in changes.values() for run, name in references(value) if not run)
         return {name: self.settings[name] for name in found}
 
     def configuration(self, row: str, runs: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -186,28 +235,29 @@ class Comparison(Strict):
         UserError
             When it reads a setting that must be given and is not.
         """
-        config, changes = self._recipe(row)
-        if missing := [
-            name
-            for value in (config, *changes.values())
-            for run, name in _references(value)
-            if not run and self.settings[name] is None
-        ]:
+        config, changes = self.recipe(row)
+        if missing := self._lacks(row):
             raise UserError(
-                f"Row {row!r} needs the setting {missing[0]!r}, which has no default. "
-                f"Give it with --set {missing[0]}=VALUE."
+                f"Row {row!r} needs the setting {missing!r}, which has no default. "
+                f"Give it with --set {missing}=VALUE."
             )
         filled = {key: self._filled(value, runs) for key, value in changes.items()}
         # JSON is YAML, and keeps a text that looks like a number a text.
         overrides = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in filled.items()]
         return str(self._filled(config, runs)), overrides
 
-    def _recipe(self, row: str) -> tuple[str, dict[str, Any]]:
+    def recipe(self, row: str) -> tuple[str, dict[str, Any]]:
         """Return the system file and the changes of a row, those of the rows it is like first."""
         spec = self.rows[row]
-        config, changes = (spec.config, {}) if spec.like is None else self._recipe(spec.like)
+        config, changes = (spec.config, {}) if spec.like is None else self.recipe(spec.like)
         kept = {key: value for key, value in changes.items() if key not in spec.set}
         return config, kept | spec.set
+
+    def _lacks(self, row: str) -> str | None:
+        """Return a setting that a row names and that has no value."""
+        config, changes = self.recipe(row)
+        named = (pair for value in (config, *changes.values()) for pair in references(value))
+        return next((n for run, n in named if not run and self.settings[n] is None), None)
 
     def _before(self, row: str) -> list[str]:
         """Return what a row needs, each after what it needs itself, and the row last."""
@@ -228,8 +278,8 @@ class Comparison(Strict):
         def meant(match: re.Match) -> Any:
             return runs[match[2]] if match[1] else self.settings[match[2]]
 
-        alone = _REFERENCE.fullmatch(value)  # keeps its type: a number stays one
-        return meant(alone) if alone else _REFERENCE.sub(lambda m: str(meant(m)), value)
+        alone = REFERENCE.fullmatch(value)  # keeps its type: a number stays one
+        return meant(alone) if alone else REFERENCE.sub(lambda m: str(meant(m)), value)
 
 
 class Protocol(Comparison):
@@ -238,7 +288,7 @@ class Protocol(Comparison):
     Parameters
     ----------
     folds
-        Cross-validation, or ``data`` for the split of the data file.
+        Cross-validation over drawn or given folds, or ``data`` for the split of the data file.
     controls
         Classical controls; a list is short for their names.
     metric
@@ -317,77 +367,6 @@ def load_protocol(
     # Settings are replaced, not merged: a mapping is one value.
     tree = merge(tree, changes) | {"settings": settings | given}
     protocol = checked(kind, tree, where=str(source))
-    for problem in _problems(protocol):
+    for problem in problems_of(protocol):
         raise UserError(f"{source}: {problem}")
     return protocol
-
-
-def _problems(protocol: Comparison) -> Iterator[str]:
-    """Yield what the types alone do not refuse; the first is reported."""
-    rows = protocol.rows
-    for name, row in rows.items():
-        yield from _row_problems(name, row, protocol)
-    for name in rows:
-        if cycle := _cycle(name, lambda row: [rows[row].like] if rows[row].like else []):
-            yield f"rows are like one another in a circle: {' → '.join(cycle)}. Break it."
-    for name in rows:
-        yield from _reference_problems(name, protocol)
-    for name in rows:
-        if cycle := _cycle(name, protocol.needs):
-            yield f"rows need one another's runs in a circle: {' → '.join(cycle)}. Break it."
-    if protocol.compare not in rows or not rows[protocol.compare].shown:
-        yield f"compare is {protocol.compare!r}, which is no shown row. Name one of them."
-    yield from protocol.problems()
-    if both := set(rows) & set(protocol.control_names):
-        yield f"{both.pop()!r} is a row and a control. Call the row otherwise."
-    if len(set(protocol.seeds)) < len(protocol.seeds) or min(protocol.seeds) < 0:
-        yield f"seeds are {protocol.seeds}; they must be different, and not negative."
-
-
-def _row_problems(name: str, row: RowSpec, protocol: Comparison) -> Iterator[str]:
-    rows = protocol.rows
-    if not NAME.fullmatch(name) or name == CONTROL_FOLDER:
-        yield (
-            f"a row cannot be called {name!r}: names are letters, digits, '_', '.' and '-', and "
-            f"not {CONTROL_FOLDER!r}."
-        )
-    if (row.config is None) == (row.like is None):
-        yield f"row {name!r} needs either config (a system file) or like (another row)."
-    if row.like is not None and row.like not in rows:
-        yield f"row {name!r} is like {row.like!r}, which is no row ({', '.join(rows)})."
-    for key in row.set:
-        if any(key == taken or key.startswith(taken + ".") for taken in protocol.decided):
-            yield f"row {name!r} sets {key!r}, which the protocol itself decides. Leave it out."
-
-
-def _reference_problems(name: str, protocol: Comparison) -> Iterator[str]:
-    config, changes = protocol._recipe(name)
-    for value in (config, *changes.values()):
-        for is_run, reference in _references(value):
-            known = protocol.rows if is_run else protocol.settings
-            if reference not in known:
-                yield (
-                    f"row {name!r} names {reference!r}, which is not among the "
-                    f"{'rows' if is_run else 'settings'} ({', '.join(known) or 'none'})."
-                )
-
-
-def _cycle(start: str, following: Callable[[str], Sequence[str]]) -> list[str]:
-    """Return a path from a row back to itself, or nothing."""
-    paths = [[start]]
-    seen: set[str] = set()
-    while paths:
-        path = paths.pop()
-        for name in following(path[-1]):
-            if name == start:
-                return [*path, name]
-            if name not in seen:
-                seen.add(name)
-                paths.append([*path, name])
-    return []
-
-
-def _references(value: Any) -> list[tuple[bool, str]]:
-    """Return what a value names: (whether it is a run, its name)."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return [(bool(run), name) for run, name in _REFERENCE.findall(text)]

@@ -1,6 +1,5 @@
 """Run a protocol: a grid of rows, folds and seeds becomes one table with paired intervals."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ import torch
 from accelerate import PartialState
 
 from seq2expr.bench.classical import MISSING
+from seq2expr.bench.costs import costs_of
 from seq2expr.bench.grid import Grid, controls_of, lay_out, run_of
-from seq2expr.bench.jobs import Job, carry_out
+from seq2expr.bench.jobs import Job
+from seq2expr.bench.outcome import Outcome, check_folder, effective, failed_runs, nothing_left
 from seq2expr.bench.protocol import Protocol, load_protocol
+from seq2expr.bench.schedule import carry_out_timed
 from seq2expr.bench.spot_protocol import SpotProtocol
 from seq2expr.bench.standings import Entry, rank, scores
 from seq2expr.config import read_yaml
@@ -26,21 +28,21 @@ from seq2expr.store import write_text
 from seq2expr.yamlfile import format_yaml
 
 if TYPE_CHECKING:
+    from seq2expr.bench.comtip_study import ComtipStudy
     from seq2expr.bench.hescape import HescapeBenchmark
     from seq2expr.bench.ideas import IdeasBenchmark
     from seq2expr.bench.spot_run import SpotBenchmark
+    from seq2expr.bench.zero_shot import ZeroShotBenchmark
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class Benchmark:
-    """A finished benchmark.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Benchmark(Outcome):
+    """A finished benchmark of genes.
 
     Parameters
     ----------
-    out
-        Its folder.
+    out, failed
+        As of any :class:`seq2expr.bench.outcome.Outcome`.
     protocol
         What was asked for.
     grid
@@ -49,24 +51,15 @@ class Benchmark:
         Rows × subsets (see :func:`seq2expr.bench.standings.rank`).
     scores
         Every seed, fold, target and metric (see :func:`seq2expr.bench.standings.scores`).
-    failed
-        ``name`` and ``reason`` of the runs that failed.
     missing
-        Controls that could not be given, with the reason.
+        Rows and controls that could not be given, with the reason.
     """
 
-    out: Path
     protocol: Protocol
     grid: Grid
     table: pd.DataFrame
     scores: pd.DataFrame
-    failed: pd.DataFrame
     missing: dict[str, str]
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.out / "report.html"
 
     @property
     def target(self) -> str:
@@ -112,7 +105,8 @@ def benchmark(
         Data configuration, and what its paths are relative to. A protocol of slides names its
         data sets in ``blocks`` (see :class:`seq2expr.bench.spot_protocol.SpotProtocol`).
     systems
-        Rows of the table, by default all that are shown; what they need is trained too.
+        Rows of the table, by default all that are shown, but for optional ones that lack a
+        setting; what they need is trained too.
     overrides
         ``key=value`` texts for the settings of the protocol (see
         :func:`seq2expr.bench.protocol.load_protocol`).
@@ -134,26 +128,39 @@ def benchmark(
         raise UserError("A benchmark starts its own processes; run it alone, with --jobs N.")
     out = Path(out)
     keys = read_yaml(protocol)
-    if {"blocks", "encoders", "ideas"} & set(keys):
+    if {"blocks", "encoders", "ideas", "parts"} & set(keys):
         return _of_slides(protocol, data, root, systems, overrides, jobs, out)
     spec = load_protocol(protocol, overrides)
     check_folder(out, spec.name)
     grid = lay_out(spec, data=data, root=Path(root), systems=systems, out=out)
     waiting = [job for job in grid.jobs if not job.is_done()]
-    log.info(_estimate(spec, grid, waiting, jobs))
-    write_text(out / "protocol.yaml", format_yaml(_effective(spec, grid)))
-    failures = carry_out(waiting, at_once=jobs)
-    failed = pd.DataFrame(failures.items(), columns=["name", "reason"])
+    write_text(out / "protocol.yaml", format_yaml(effective(spec, _made_from(grid))))
+    runs = [job for job in grid.jobs if job.controls is None]
+    failures = carry_out_timed(
+        runs,
+        waiting,
+        what=_what(spec, grid, runs),
+        minutes=spec.minutes,
+        at_once=jobs,
+        besides="Controls come on top.",
+    )
+    failed = failed_runs(failures)
     entries = [_entry(row, spec, grid, failures) for row in grid.shown]
     if not any(entry.predicted for entry in entries):
-        raise UserError(
-            f"No row has a finished run; the first that failed was {failed['name'].iloc[0]}: "
-            f"{failed['reason'].iloc[0]}"
-        )
+        raise nothing_left("No row has a finished run", failed)
     controls, missing = _controls(spec, grid, failures)
     entries += controls
-    table = rank(entries, grid.genes, compare=spec.compare, metric=spec.metric, n_boot=spec.n_boot)
-    found = Benchmark(out, spec, grid, table, scores(entries, grid.genes), failed, missing)
+    found = Benchmark(
+        out=out,
+        failed=failed,
+        protocol=spec,
+        grid=grid,
+        table=rank(
+            entries, grid.genes, compare=spec.compare, metric=spec.metric, n_boot=spec.n_boot
+        ),
+        scores=scores(entries, grid.genes),
+        missing=grid.left_out | missing,
+    )
     _write(found)
     return found
 
@@ -166,20 +173,26 @@ def _of_slides(
     overrides: Sequence[str],
     jobs: int,
     out: Path,
-) -> "SpotBenchmark | HescapeBenchmark | IdeasBenchmark":
-    # All of them read this module.
+) -> "SpotBenchmark | ZeroShotBenchmark | HescapeBenchmark | IdeasBenchmark | ComtipStudy":
+    # A benchmark of genes needs none of them.
+    from seq2expr.bench.comtip_study import load_study, study
     from seq2expr.bench.hescape import benchmark_hescape
     from seq2expr.bench.hescape_protocol import load_hescape
     from seq2expr.bench.ideas import benchmark_ideas
     from seq2expr.bench.ideas_protocol import load_ideas
     from seq2expr.bench.spot_run import benchmark_spots
+    from seq2expr.bench.zero_shot import benchmark_zero_shot
+    from seq2expr.bench.zero_shot_protocol import ZeroShotProtocol
 
     keys = read_yaml(protocol)
+    studied = "parts" in keys and "splits" not in keys
+    if data is not None and (studied or "ideas" in keys):
+        raise UserError(f"{protocol} simulates its slides; leave out --data.")
     if "ideas" in keys:
-        if data is not None:
-            raise UserError(f"The ideas of {protocol} simulate their slides; leave out --data.")
         spec = load_ideas(protocol, overrides)
         return benchmark_ideas(spec, systems=systems, at_once=jobs, out=out)
+    if studied:
+        return study(load_study(protocol, overrides), parts=systems, out=out)
     if "encoders" in keys:
         return benchmark_hescape(
             load_hescape(protocol, overrides, data=data),
@@ -187,37 +200,25 @@ def _of_slides(
         )  # fmt: skip
     if data is not None:
         raise UserError(f"The blocks of {protocol} name their data sets; leave out --data.")
+    if "splits" in keys:
+        return benchmark_zero_shot(
+            load_protocol(protocol, overrides, kind=ZeroShotProtocol),
+            root=Path(root), systems=systems, at_once=jobs, out=out,
+        )  # fmt: skip
     return benchmark_spots(
         load_protocol(protocol, overrides, kind=SpotProtocol),
         root=Path(root), systems=systems, at_once=jobs, out=out,
     )  # fmt: skip
 
 
-def check_folder(out: Path, name: str) -> None:
-    """Refuse a folder that holds something else than a benchmark of this protocol."""
-    known = out / "protocol.yaml"
-    if known.is_file():
-        if (other := read_yaml(known).get("name")) != name:
-            raise UserError(
-                f"{out} holds a benchmark of the protocol {other!r}. Choose another --out."
-            )
-    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is no benchmark; choose another --out, or empty it.")
+def _what(spec: Protocol, grid: Grid, runs: Sequence[Job]) -> str:
+    folds, seeds = len(grid.splits), len(spec.seeds)
+    rows = len(runs) // (folds * seeds)
+    return f"{spec.name}: {len(runs):,} runs ({rows} rows × {folds} folds × {seeds} seeds)"
 
 
-def _estimate(spec: Protocol, grid: Grid, waiting: Sequence[Job], at_once: int) -> str:
-    runs = sum(job.controls is None for job in grid.jobs)
-    left = sum(job.controls is None for job in waiting)
-    rows = runs // (len(grid.splits) * len(spec.seeds))
-    return (
-        f"{spec.name}: {runs:,} runs ({rows} rows × {len(grid.splits)} folds × "
-        f"{len(spec.seeds)} seeds), {runs - left:,} done, {left:,} to train, {at_once} at a time."
-    )
-
-
-def _effective(spec: Protocol, grid: Grid) -> dict[str, Any]:
-    """Return the protocol as it is run, with what it is run on."""
-    made_from = {
+def _made_from(grid: Grid) -> dict[str, Any]:
+    return {
         "data": grid.data.name,
         "rows": grid.shown,
         "inputs": grid.inputs,
@@ -229,14 +230,12 @@ def _effective(spec: Protocol, grid: Grid) -> dict[str, Any]:
         "excluded_chroms": grid.excluded,
         "leaky": any(split.leaky for split in grid.splits),
     }
-    tree = spec.model_dump(mode="json", exclude_defaults=True)
-    return tree | {"made_from": made_from}
 
 
 def _entry(row: str, spec: Protocol, grid: Grid, failures: dict[str, str]) -> Entry:
     """Collect the predictions of a row; a seed counts when all its folds are done."""
     by_name = {job.name: job for job in grid.jobs}
-    predicted, notes, sizes = {}, [], []
+    predicted, notes, counted = {}, [], []
     for seed in spec.seeds:
         jobs = [by_name[run_of(row, fold, seed)] for fold in range(len(grid.splits))]
         broken = [failures[job.name] for job in jobs if job.name in failures]
@@ -244,9 +243,8 @@ def _entry(row: str, spec: Protocol, grid: Grid, failures: dict[str, str]) -> En
             notes.append(f"seed {seed} failed: {broken[0]}")
             continue
         predicted[seed] = _pooled(jobs, grid)
-        sizes += [job.parameters() for job in jobs]
-    size = float(np.mean(sizes)) if sizes else np.nan
-    return Entry(row, "row", predicted, size, "; ".join(notes))
+        counted += jobs
+    return Entry(row, "row", predicted, costs_of(counted), "; ".join(notes))
 
 
 def _controls(

@@ -18,11 +18,9 @@ from seq2expr.bench.spot_jobs import FEATURES, ControlsJob, Look, SpotJob
 from seq2expr.bench.spot_protocol import Fold, SpotProtocol, controls_of, folds_of, run_of
 from seq2expr.image.panels import Panel
 from seq2expr.model.encoders import build_encoder
-from seq2expr.model.spot_system import SpotConfig
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.data import SpotData, SpotSlide, open_spots
 from seq2expr.spots.inputs import open_inputs
-from seq2expr.spots.train import spot_system
 from seq2expr.store import digest, file_digest
 
 
@@ -66,7 +64,7 @@ class OpenBlock:
     controls
         Jobs of the controls, one a fold.
     missing
-        Controls that no fold can give, with the reason.
+        Rows and controls that no fold can give, with the reason.
     inputs
         Hash of the spots of each slide.
     """
@@ -119,12 +117,15 @@ def lay_out(
         When a configuration, a data set or its folds do not fit.
     """
     shown, rows = protocol.chosen(systems)
+    left_out = {} if systems else protocol.left_out
     layout = _Layout(protocol, root.absolute(), out.absolute() / "runs")
     blocks = []
     for block in protocol.blocks:
         inside = protocol.rows_of(block, shown)
         if inside:
-            blocks.append(layout.block(block, inside, protocol.rows_of(block, rows)))
+            found = layout.block(block, inside, protocol.rows_of(block, rows))
+            found.missing.update({r: left_out[r] for r in protocol.rows_of(block, left_out)})
+            blocks.append(found)
     return blocks
 
 
@@ -168,15 +169,7 @@ class _Layout:
 
     def look(self, row: str, fold: Fold) -> Look:
         """Return what a row makes of a patch."""
-        config = self.protocol.run_config(row, fold.data, {}, 0)
-        kind = spot_system(config.system).config_class
-        sight: SpotConfig = kind(**config.model).sight
-        return Look(
-            encoder=sight.encoder,
-            patch_um=sight.patch_um,
-            patch_px=sight.patch_px,
-            turned=config.train.dihedral,
-        )
+        return Look.of(self.protocol.run_config(row, fold.data, {}, 0))
 
     def run(
         self,

@@ -1,51 +1,35 @@
 """The jobs of a benchmark of slides: train and predict the tested slides, or fit the controls.
 
-A job leaves the files of :mod:`seq2expr.bench.jobs`; a run also ``.cost.json``, what it took.
+A job leaves the files of :mod:`seq2expr.bench.jobs`; the run of a system that samples also
+``.samples.npy``.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from seq2expr.bench.jobs import Step
 from seq2expr.config import RunConfig
 from seq2expr.image.patches import PatchSpec
 from seq2expr.learn.runs import load_run
 from seq2expr.model.encoders import build_encoder
+from seq2expr.model.spot_system import SpotConfig
 from seq2expr.schema import SpotDataConfig, Strict
 from seq2expr.spots.controls import controls
 from seq2expr.spots.data import SpotData, open_slide_spots, open_spots
 from seq2expr.spots.predict import PREDICTED, open_predictor
 from seq2expr.spots.rivals import Chosen, spot_rows
-from seq2expr.store import write_text
+from seq2expr.spots.train import spot_system
+from seq2expr.store import publish
 from seq2expr.verbs import train_run
 
 FEATURES = "features_ridge"
 MISSING = "missing"
 """Key, in the attributes of a table of controls, of those that are not given."""
-
-
-class Cost(Strict):
-    """What a run took.
-
-    Parameters
-    ----------
-    train_s, predict_s
-        Seconds of training and of predicting the tested slides, files read each time.
-    peak_mb
-        Largest memory of the process (of the GPU, where there is one), 1e6 bytes; None where the
-        system does not say.
-    """
-
-    train_s: float
-    predict_s: float
-    peak_mb: float | None
 
 
 class Look(Strict):
@@ -65,6 +49,17 @@ class Look(Strict):
     patch_um: float
     patch_px: int
     turned: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Look":
+        """Return what a run makes of it."""
+        sight: SpotConfig = spot_system(config.system).config_class(**config.model).sight
+        return cls(
+            encoder=sight.encoder,
+            patch_um=sight.patch_um,
+            patch_px=sight.patch_px,
+            turned=config.train.dihedral,
+        )
 
     @property
     def spec(self) -> PatchSpec:
@@ -90,27 +85,28 @@ class SpotJob(Step):
 
     def make(self) -> pd.DataFrame:
         """Train and predict every spot of the tested slides: ``id answer`` and the genes."""
-        with _peak_memory() as peak:
-            start = time.perf_counter()
+        with self.measured() as trained:
             model = load_run(train_run(self.config, self.root, self.run))
-            trained = time.perf_counter()
+            trained()
             data = self.config.data
             slides = [
                 open_slide_spots(name, data.slides[name], self.root) for name in data.split.test
             ]
             predictor = open_predictor(model, slides)
-            answers = predictor.predict(np.arange(len(predictor.reader.ids)))
-        seconds = {"train_s": trained - start, "predict_s": time.perf_counter() - trained}
-        cost = Cost(**seconds, peak_mb=peak[0])
-        write_text(self.beside(".cost.json"), cost.model_dump_json() + "\n")
+            answers = predictor.ask(np.arange(len(predictor.reader.ids)))
+        if answers.samples is not None:
+            publish(self._samples_file, partial(_save, values=answers.samples))
         ids, genes = predictor.reader.ids, model.config.targets
-        named = {name.removeprefix(PREDICTED).lstrip("_"): v for name, v in answers.items()}
-        return _table(ids, genes, named)
+        values = answers.values.items()
+        return _table(ids, genes, {n.removeprefix(PREDICTED).lstrip("_"): v for n, v in values})
 
-    def cost(self) -> Cost | None:
-        """Return what the run took, where that is known."""
-        place = self.beside(".cost.json")
-        return Cost.model_validate_json(place.read_text("utf-8")) if place.is_file() else None
+    def samples(self) -> np.ndarray | None:
+        """Return what was drawn, if it was: float32 [spots, S, genes] as in the table."""
+        return np.load(self._samples_file) if self._samples_file.is_file() else None
+
+    @property
+    def _samples_file(self) -> Path:
+        return self.beside(".samples.npy")
 
 
 class ControlsJob(Step):
@@ -161,6 +157,11 @@ class ControlsJob(Step):
         return table
 
 
+def _save(place: Path, values: np.ndarray) -> None:
+    with place.open("wb") as handle:
+        np.save(handle, values)
+
+
 def chosen_spots(data: SpotData, labels: np.ndarray, part: str) -> list[Chosen]:
     """Return the spots of a part with their labels, slide by slide."""
     spots = data.table[data.table["part"] == part]
@@ -183,21 +184,3 @@ def _table(
     if not parts:
         return pd.DataFrame({"id": [], "answer": []})
     return pd.concat(parts, ignore_index=True)
-
-
-@contextmanager
-def _peak_memory() -> Iterator[list[float | None]]:
-    """Measure the largest memory of what is done inside: the list then holds it in 1e6 bytes."""
-    found: list[float | None] = [None]
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif reset.exists():
-        with suppress(OSError):  # without the right to, it is the peak of the whole process
-            reset.write_text("5")
-    yield found
-    if torch.cuda.is_available():
-        found[0] = torch.cuda.max_memory_allocated() / 1e6
-    elif status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        found[0] = int(lines["VmHWM"].split()[0]) * 1024 / 1e6

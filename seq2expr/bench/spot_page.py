@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seq2expr.bench.page import cost_columns, interval_text, rows_table, said_costs
 from seq2expr.bench.spot_protocol import SpotProtocol
 from seq2expr.bench.spot_standings import BlockFound, name_of, said_leaky
 from seq2expr.plot import (
@@ -25,7 +26,7 @@ from seq2expr.plot import (
 )
 from seq2expr.report import Report
 from seq2expr.spots.figures import measured_and_predicted, read_picture
-from seq2expr.spots.metrics import CEILING, GAUGE, PANEL
+from seq2expr.spots.metrics import CEILING, CRPS, GAUGE, NOMINAL, PANEL, SAMPLED
 
 if TYPE_CHECKING:
     from seq2expr.bench.spot_run import SpotBenchmark
@@ -36,7 +37,7 @@ _LINES = {GAUGE: ("--", "depth gauge"), CEILING: (":", "split-half ceiling")}
 _SHOWN = (
     *("pearson_per_gene_across_spots", "partial_pearson_per_gene_across_spots"),
     *("spearman_per_gene_across_spots", "mse_per_gene_across_spots", "r2_vs_train_mean"),
-    *("rvd", "morans_i_error", "gene_gene_structure"),
+    *("rvd", "morans_i_error", "gene_gene_structure", *SAMPLED),
 )
 
 _LINEAGE = (
@@ -145,7 +146,8 @@ def write_report(result: "SpotBenchmark") -> None:
         _write_block(report, found, result)
     report.text(_LINEAGE)
     report.section("Rows")
-    report.table(_rows(result), "How each row is made.")
+    blocks = [row.blocks or "all" for row in spec.rows.values()]
+    report.table(rows_table(spec).assign(blocks=blocks), "How each row is made.")
     if len(result.failed):
         report.section("Failed")
         report.table(result.failed, "Runs that failed, with the reason.")
@@ -180,7 +182,10 @@ def _write_block(report: Report, found: BlockFound, result: "SpotBenchmark") -> 
     _maps(report, found, spec)
     for subset, rows in found.table.groupby("subset", sort=False):
         report.table(_readable(rows, found), _caption(subset, found))
-    report.table(_other_metrics(found), f"Other metrics{leaky}, panel; means as above.")
+    report.table(
+        _other_metrics(found),
+        f"Other metrics{leaky}, panel; means as above. {_said_samples(found)}".rstrip(),
+    )
     if found.missing:
         report.facts({f"{name} is not given": why for name, why in found.missing.items()})
     report.table(_by_fold(found), "Spots of each fold, by part.")
@@ -216,32 +221,18 @@ def _maps(report: Report, found: BlockFound, spec: SpotProtocol) -> None:
 
 def _readable(rows: pd.DataFrame, found: BlockFound) -> pd.DataFrame:
     places = [name_of(one, found.sections) for one in found.sections]
-    return pd.DataFrame(
-        {
-            "row": rows["row"],
-            "kind": rows["kind"],
-            "value": [_interval(*v) for v in rows[["value", "low", "high"]].to_numpy()],
-            **{place: [_interval(v) for v in rows[place]] for place in places},
-            f"{found.block.compare} − row": [
-                _interval(*v)
-                for v in rows[["difference", "difference_low", "difference_high"]].to_numpy()
-            ],
-            "verdict": rows["verdict"],
-            "does not beat": rows["not_above"].fillna(""),
-            "sd of seeds": rows["seed_sd"],
-            "trained parameters": rows["parameters"],
-            "training (s)": rows["train_s"],
-            "prediction (s)": rows["predict_s"],
-            "peak (MB)": rows["peak_mb"],
-            "note": rows["note"],
-        }
-    )
-
-
-def _interval(value: float, low: float = np.nan, high: float = np.nan) -> str:
-    if np.isnan(value):
-        return "–"
-    return f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+    difference = rows[["difference", "difference_low", "difference_high"]].to_numpy()
+    table = {
+        "row": rows["row"],
+        "kind": rows["kind"],
+        "value": [interval_text(*v) for v in rows[["value", "low", "high"]].to_numpy()],
+        **{place: [interval_text(v) for v in rows[place]] for place in places},
+        f"{found.block.compare} − row": [interval_text(*v) for v in difference],
+        "verdict": rows["verdict"],
+        "does not beat": rows["not_above"].fillna(""),
+        "sd of seeds": rows["seed_sd"],
+    }
+    return pd.DataFrame(table | cost_columns(rows, "spots") | {"note": rows["note"]})
 
 
 def _caption(subset: str, found: BlockFound) -> str:
@@ -254,8 +245,7 @@ def _caption(subset: str, found: BlockFound) -> str:
         + ("; it says nothing of other patients." if unit != "patient" else ".")
         + " A difference counts when its interval excludes 0; intervals are not widened for the "
         "number of rows. Does not beat: controls whose paired difference does not count in favour "
-        "of the row. Time and memory: means over runs on the machine that made them, reading of "
-        "files included, image features kept from before."
+        f"of the row. {said_costs('spots')} Image features are kept from before."
     )
 
 
@@ -263,8 +253,22 @@ def _other_metrics(found: BlockFound) -> pd.DataFrame:
     metrics = found.metrics
     chosen = metrics[(metrics["subset"] == PANEL) & metrics["metric"].isin(_SHOWN)]
     wide = chosen.pivot(index="row", columns="metric", values="value")
-    order = [row for row in found.table["row"].unique() if row in wide.index]
+    lines = [*found.table["row"].unique(), NOMINAL]
+    order = [row for row in lines if row in wide.index]
     return wide.loc[order, [name for name in _SHOWN if name in wide]].reset_index()
+
+
+def _said_samples(found: BlockFound) -> str:
+    """Say which rows are means of samples, on whose number some metrics depend."""
+    scores = found.scores[(found.scores["metric"] == CRPS) & (found.scores["subset"] == PANEL)]
+    if scores.empty:
+        return ""
+    notes = scores.groupby("row", sort=False)["note"].first().items()
+    return (
+        f"Means of S samples: {', '.join(f'{row} ({note})' for row, note in notes)}. Their rvd is "
+        "that of the mean; crps and coverage are of the samples. The crps of any other row is its "
+        f"mae; {NOMINAL} is what coverage should be."
+    )
 
 
 def _by_fold(found: BlockFound) -> pd.DataFrame:
@@ -282,12 +286,3 @@ def _by_fold(found: BlockFound) -> pd.DataFrame:
 def _left_out(found: BlockFound) -> str:
     left = found.block.folds[0].data.left_out
     return ", ".join(f"{n:,} {why}" for why, n in left.items()) or "none"
-
-
-def _rows(result: "SpotBenchmark") -> pd.DataFrame:
-    rows = []
-    for name, row in result.protocol.rows.items():
-        made = row.config or f"like {row.like}"
-        changes = ", ".join(f"{key} = {value}" for key, value in row.set.items())
-        rows.append((name, row.note, made, changes, row.blocks or "all"))
-    return pd.DataFrame(rows, columns=["row", "what it is", "made from", "changes", "blocks"])

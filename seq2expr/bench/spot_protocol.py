@@ -10,7 +10,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 import pydantic
 
-from seq2expr.bench.protocol import CONTROL_FOLDER, NAME, Comparison, RowSpec
+from seq2expr.bench.protocol import Comparison, RowSpec
+from seq2expr.bench.protocol_checks import CONTROL_FOLDER, NAME
 from seq2expr.config import RunConfig, load_run_config
 from seq2expr.errors import UserError
 from seq2expr.model.system import check_settings

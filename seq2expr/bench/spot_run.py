@@ -1,6 +1,5 @@
 """Run a protocol of slides: rows, blocks, folds and seeds become one table a block."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from seq2expr.bench.jobs import Step, carry_out
-from seq2expr.bench.run import check_folder
+from seq2expr.bench.jobs import Step
+from seq2expr.bench.outcome import Outcome, check_folder, effective, failed_runs, nothing_left
+from seq2expr.bench.schedule import carry_out_timed
 from seq2expr.bench.spot_grid import OpenBlock, encode, lay_out
-from seq2expr.bench.spot_jobs import SpotJob
 from seq2expr.bench.spot_protocol import SpotProtocol
 from seq2expr.bench.spot_scoring import as_text
 from seq2expr.bench.spot_standings import BlockFound, judge
-from seq2expr.errors import UserError
 from seq2expr.learn.tables import write_skipped, write_tsv
 from seq2expr.plot import save
 from seq2expr.spots.lineage import mean_sd, most_expressed, most_variable, of_folds, score_slide
@@ -24,34 +22,23 @@ from seq2expr.spots.metrics import MSE
 from seq2expr.store import write_text
 from seq2expr.yamlfile import format_yaml
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class SpotBenchmark:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpotBenchmark(Outcome):
     """A finished benchmark of slides.
 
     Parameters
     ----------
-    out
-        Its folder.
+    out, failed
+        As of any :class:`seq2expr.bench.outcome.Outcome`.
     protocol
         What was asked for.
     blocks
         The result of each block.
-    failed
-        ``name`` and ``reason`` of the runs that failed.
     """
 
-    out: Path
     protocol: SpotProtocol
     blocks: dict[str, BlockFound]
-    failed: pd.DataFrame
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.out / "report.html"
 
     def summary(self) -> str:
         """Return the tables as text, block by block."""
@@ -98,61 +85,32 @@ def benchmark_spots(
     check_folder(out, spec.name)
     blocks = lay_out(spec, root=root, systems=systems, out=out)
     waiting = [job for block in blocks for job in block.jobs if not job.is_done()]
-    write_text(out / "protocol.yaml", format_yaml(_effective(spec, blocks)))
-    for block in blocks:
-        if any(job in waiting for job in block.jobs):
-            encode(block)
-    failures = _carry_out(spec, blocks, waiting, at_once)
-    failed = pd.DataFrame(failures.items(), columns=["name", "reason"])
+    made_from = {block.name: _made_from(block) for block in blocks}
+    write_text(out / "protocol.yaml", format_yaml(effective(spec, made_from)))
+    runs = [job for block in blocks for job in block.runs.values()]
+    failures = carry_out_timed(
+        runs,
+        waiting,
+        what=f"{spec.name}: {len(runs):,} runs in {len(blocks)} blocks",
+        minutes=spec.minutes,
+        at_once=at_once,
+        besides="Controls and features of pictures come on top.",
+        prepare=lambda: _encode(blocks, waiting),
+    )
+    failed = failed_runs(failures)
     judged = {block.name: judge(block, spec, failures) for block in blocks}
     found = {name: result for name, result in judged.items() if result is not None}
     if not found:
-        raise UserError(
-            f"No row has a finished run; the first that failed was {failed['name'].iloc[0]}: "
-            f"{failed['reason'].iloc[0]}"
-        )
-    result = SpotBenchmark(out, spec, found, failed)
+        raise nothing_left("No row has a finished run", failed)
+    result = SpotBenchmark(out=out, failed=failed, protocol=spec, blocks=found)
     _write(result)
     return result
 
 
-def _carry_out(
-    spec: SpotProtocol, blocks: Sequence[OpenBlock], waiting: Sequence[Step], at_once: int
-) -> dict[str, str]:
-    """Do the jobs: one of each row first, from which the time of the others is told."""
-    runs = [job for block in blocks for job in block.runs.values()]
-    left = [job for job in waiting if isinstance(job, SpotJob)]
-    log.info(
-        "%s: %d runs in %d blocks, %d done, %d to train, %d at a time.",
-        *(spec.name, len(runs), len(blocks), len(runs) - len(left), len(left), at_once),
-    )
-    ending = f"fold0_seed{spec.seeds[0]}"
-    first = [job for job in waiting if job.name.endswith(("fold0", ending))]
-    rest = [job for job in waiting if job not in first]
-    failures = carry_out(first, at_once=at_once)
-    if rest:
-        log.info(_estimate(blocks, rest, at_once))
-    blocked = {job.name for job in rest if any(need in failures for need in job.needs)}
-    failures |= dict.fromkeys(blocked, "it needs a run that failed")
-    return failures | carry_out([j for j in rest if j.name not in blocked], at_once=at_once)
-
-
-def _estimate(blocks: Sequence[OpenBlock], rest: Sequence[Step], at_once: int) -> str:
-    """Tell how long the rest will take, from what a run of the same row took."""
-    known: dict[str, list[float]] = {}
-    for job in (job for block in blocks for job in block.runs.values()):
-        if (cost := job.cost()) is not None:
-            known.setdefault(job.name.rpartition("/")[0], []).append(cost.train_s + cost.predict_s)
-    runs = [job.name.rpartition("/")[0] for job in rest if isinstance(job, SpotJob)]
-    seconds = sum(float(np.mean(known[row])) for row in runs if row in known)
-    return f"{len(runs):,} runs are left, about {seconds / at_once / 60:.1f} min."
-
-
-def _effective(spec: SpotProtocol, blocks: Sequence[OpenBlock]) -> dict[str, Any]:
-    """Return the protocol as it is run, with what it is run on."""
-    made_from = {block.name: _made_from(block) for block in blocks}
-    tree = spec.model_dump(mode="json", exclude_defaults=True)
-    return tree | {"made_from": made_from}
+def _encode(blocks: Sequence[OpenBlock], waiting: Sequence[Step]) -> None:
+    for block in blocks:
+        if any(job in waiting for job in block.jobs):
+            encode(block)
 
 
 def _made_from(block: OpenBlock) -> dict[str, Any]:

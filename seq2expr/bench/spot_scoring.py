@@ -16,11 +16,37 @@ from seq2expr.bench.spot_protocol import SpotProtocol, controls_of, run_of
 from seq2expr.spots.controls import CONTROLS, column_means, controls
 from seq2expr.spots.metrics import PANEL, Score, Section, score_section
 from seq2expr.spots.rivals import label_of, spot_rows
+from seq2expr.spots.spread import Spread, summarise
 
 Key = tuple[str, int | None]
 """A prediction: the name of its entry, and its seed (None for what has none)."""
 
 _NO_MODEL = ""  # nothing is compared inside a section: there are several rows and seeds
+
+
+class Answer(NamedTuple):
+    """A prediction of the tested spots of a fold.
+
+    Attributes
+    ----------
+    values
+        Spots × genes.
+    samples
+        What it is the mean of [spots, S, genes], where it was drawn.
+    """
+
+    values: pd.DataFrame
+    samples: np.ndarray | None = None
+
+    def of(self, ids: Sequence[str], genes: Sequence[str]) -> np.ndarray:
+        """Return the values of some spots and genes, float64 [N, G]."""
+        return self.values.loc[ids, genes].to_numpy(np.float64)
+
+    def spread(self, ids: Sequence[str], genes: Sequence[str]) -> Spread:
+        """Return what its samples say of some spots and genes."""
+        rows, columns = self.values.index.get_indexer(ids), self.values.columns.get_indexer(genes)
+        samples = self.samples[rows][:, :, columns]
+        return Spread(samples.shape[1], summarise(samples), samples)
 
 
 class SectionFound(NamedTuple):
@@ -46,13 +72,15 @@ def read_predictions(
     fold: OpenFold,
     seeds: Mapping[str, Sequence[int]],
     failures: Mapping[str, str],
-) -> tuple[dict[Key, pd.DataFrame], dict[str, str]]:
+) -> tuple[dict[Key, Answer], dict[str, str]]:
     """Read what was predicted of a fold, by (entry, seed), and why controls are missing."""
     found, missing = {}, {}
     for row in block.rows:
         for seed in seeds[row]:
-            for answer, values in _answers(block.runs[run_of(row, fold.fold, seed)].read()):
-                found[f"{row}: {answer}" if answer else row, seed] = values
+            job = block.runs[run_of(row, fold.fold, seed)]
+            for answer, values in _answers(job.read()):
+                name, samples = (f"{row}: {answer}", None) if answer else (row, job.samples())
+                found[name, seed] = Answer(values, samples)
     for job in block.controls:
         if job.name != controls_of(fold.fold):
             continue
@@ -61,7 +89,7 @@ def read_predictions(
             continue
         table = job.read()
         missing |= table.attrs[MISSING]
-        found |= {(name, None): values for name, values in _answers(table)}
+        found |= {(name, None): Answer(values) for name, values in _answers(table)}
     return found, missing
 
 
@@ -72,7 +100,7 @@ def _answers(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def score_fold(
     fold: OpenFold,
-    predicted: Mapping[Key, pd.DataFrame],
+    predicted: Mapping[Key, Answer],
     protocol: SpotProtocol,
     first: int,
     missing: dict[str, str],
@@ -93,10 +121,7 @@ def score_fold(
         name = part.slide.name
         ids = [f"{name}/{part.slide.adata.obs_names[row]}" for row in part.rows]
         where = np.flatnonzero(rows.slide_ids == name)
-        answers = {
-            key: values.loc[ids, panel.genes].to_numpy(np.float64)
-            for key, values in predicted.items()
-        }
+        answers = {key: one.of(ids, panel.genes) for key, one in predicted.items()}
         answers |= {(key, None): values[where] for key, values in seen.predictions.items()}
         section = Section(
             slide_id=name,
@@ -108,6 +133,11 @@ def score_fold(
             grid=rows.grid[where],
             total=None if rows.total is None else rows.total[where],
             halves=seen.numbers.get(name),
+            spread={
+                as_text(key): one.spread(ids, panel.genes)
+                for key, one in predicted.items()
+                if one.samples is not None
+            },
         )
         scores = score_section(
             section,

@@ -11,15 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from seq2expr.bench.costs import COSTS, costs_of
 from seq2expr.bench.spot_grid import OpenBlock
-from seq2expr.bench.spot_jobs import FEATURES
+from seq2expr.bench.spot_jobs import FEATURES, SpotJob
 from seq2expr.bench.spot_protocol import SpotProtocol, run_of
 from seq2expr.bench.spot_scoring import Key, SectionFound, read_predictions, score_fold
+from seq2expr.image.panels import Panel
 from seq2expr.learn.bootstrap import Bootstrap
 from seq2expr.learn.metrics import verdict
 from seq2expr.spots.controls import CONTROLS
 from seq2expr.spots.intervals import BLOCK, Average, average, difference
-from seq2expr.spots.metrics import CEILING, GAUGE, METRICS, Score
+from seq2expr.spots.metrics import CEILING, GAUGE, METRICS, NOMINAL, Score
 from seq2expr.spots.scores import BELOW_GAUGE
 
 _NOTHING = Bootstrap(np.nan, np.empty(0), "not predicted")
@@ -88,6 +90,8 @@ def judge(
     seeds = {r: tuple(s for s in protocol.seeds if s not in notes[r]) for r in block.rows}
     if not any(seeds.values()):
         return None
+    panels = [one.panel for one in block.folds]
+    protocol = protocol.model_copy(update={"subsets": distinct(protocol.subsets, panels)})
     missing = dict(block.missing)
     found, entries = [], {}
     for fold in block.folds:
@@ -97,14 +101,24 @@ def judge(
             found.append(one)
         entries |= dict.fromkeys(predicted)
     lines = _entries(block, [*entries], found, seeds)
+    nominal = Entry(NOMINAL, "reading", "", (None,))  # of the coverage, and of no other metric
     return BlockFound(
         block,
         standings(block, protocol, lines, found, notes),
-        _every_metric(lines, found, protocol.n_boot),
-        _long(lines, found),
+        _every_metric([*lines, nominal], found, protocol.n_boot),
+        _long([*lines, nominal], found),
         missing,
         found,
     )
+
+
+def distinct(subsets: Sequence[str], panels: Sequence[Panel]) -> list[str]:
+    """Leave out subsets that are the same genes in every fold: lists of 50 in a panel of 50."""
+    kept: dict[tuple, str] = {}
+    for name in subsets:
+        genes = tuple(frozenset(panel.sublists.get(name, panel.genes)) for panel in panels)
+        kept.setdefault(genes, name)
+    return list(kept.values())
 
 
 def standings(
@@ -123,11 +137,12 @@ def standings(
     compared row minus this one) with its interval, ``verdict``, ``not_above`` (controls, oracles
     left out, that a row does not beat), ``n`` (genes scored, mean over sections), ``n_sections``,
     ``n_patients``, ``seeds``, ``seed_sd``, ``parameters``, ``train_s``, ``predict_s``,
-    ``peak_mb``, ``leaky`` (why, empty where it is not), ``intervals`` (what they are over),
-    ``note``, and the value in each section.
+    ``predict_s_per_1000``, ``peak_mb`` (see :func:`seq2expr.bench.costs.costs_of`), ``leaky``
+    (why, empty where it is not), ``intervals`` (what they are over), ``note``, and the value in
+    each section.
     """
     judged = _Judge(protocol.metric, found, protocol.n_boot)
-    costs = {row: _costs(row, block) for row in block.rows}
+    costs = {row: costs_of(_runs_of(row, block)) for row in block.rows}
     compare = next((e for e in entries if e.name == block.compare), None)
     fair = [entry for entry in entries if entry.kind == "control"]
     rows = []
@@ -161,7 +176,7 @@ _COLUMNS = [
     *("row", "kind", "subset", "metric", "value", "low", "high", "unit"),
     *("difference", "difference_low", "difference_high", "verdict", "not_above"),
     *("n", "n_sections", "n_patients", "seeds", "seed_sd"),
-    *("parameters", "train_s", "predict_s", "peak_mb", "leaky", "intervals", "note"),
+    *(*COSTS, "leaky", "intervals", "note"),
 ]
 
 
@@ -291,22 +306,8 @@ def _entries(
     ]
 
 
-def _costs(row: str, block: OpenBlock) -> dict[str, float]:
-    """Return the means over the finished runs of a row; of the memory the largest."""
-    jobs = [job for name, job in block.runs.items() if _is_of(row, name, block)]
-    costs = [cost for job in jobs if (cost := job.cost()) is not None]
-    sizes = [job.parameters() for job in jobs if job.table.is_file()]
-    peaks = [cost.peak_mb for cost in costs if cost.peak_mb is not None]
-    return {
-        "parameters": float(np.mean(sizes)) if sizes else np.nan,
-        "train_s": float(np.mean([cost.train_s for cost in costs])) if costs else np.nan,
-        "predict_s": float(np.mean([cost.predict_s for cost in costs])) if costs else np.nan,
-        "peak_mb": max(peaks, default=np.nan),
-    }
-
-
-def _is_of(row: str, name: str, block: OpenBlock) -> bool:
-    return name.startswith(f"{block.name}/{row}/")
+def _runs_of(row: str, block: OpenBlock) -> list[SpotJob]:
+    return [job for name, job in block.runs.items() if name.startswith(f"{block.name}/{row}/")]
 
 
 def _every_metric(

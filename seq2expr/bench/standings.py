@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from seq2expr.bench.costs import COSTS
 from seq2expr.learn import bootstrap
 from seq2expr.learn.bootstrap import Bootstrap, Statistic
 from seq2expr.learn.metrics import ACROSS_GENES, across_genes, sign_of, verdict
@@ -60,8 +61,8 @@ class Entry:
     predicted
         Targets of all test genes [genes, targets] by seed, rows as in the truth; a seed of which
         a fold is missing is not there.
-    parameters
-        Trained parameters, mean over its runs; NaN where nothing was trained or is known.
+    costs
+        What its runs took (see :func:`seq2expr.bench.costs.costs_of`); empty for a control.
     note
         What a reader must know.
     """
@@ -69,7 +70,7 @@ class Entry:
     name: str
     kind: str
     predicted: Mapping[int, pd.DataFrame] = field(default_factory=dict)
-    parameters: float = float("nan")
+    costs: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
     def seeds_of(self, target: str) -> list[np.ndarray]:
@@ -108,7 +109,8 @@ def rank(
     ``difference_low`` and ``difference_high``, ``verdict`` (empty for ``compare`` itself), ``n``
     (genes scored), ``n_nan`` (labelled genes without a prediction), ``n_constant`` (runs, seeds ×
     folds, that predict one value for all these genes), ``seeds``, ``seed_sd`` (of the metric),
-    ``parameters``, ``note``.
+    ``parameters``, ``train_s``, ``predict_s``, ``predict_s_per_1000``, ``peak_mb`` (see
+    :func:`seq2expr.bench.costs.costs_of`), ``note``.
     """
     target = genes.truth.columns[0]
     truth = genes.truth[target].to_numpy(np.float64)
@@ -131,7 +133,7 @@ def rank(
                 {"row": entry.name, "kind": entry.kind, "subset": subset, "metric": metric}
                 | fields
                 | {"n_constant": int(constant[entry.name].sum())}
-                | {"parameters": entry.parameters}
+                | entry.costs
             )
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -139,7 +141,7 @@ def rank(
 _COLUMNS = [
     *("row", "kind", "subset", "metric", "value", "low", "high"),
     *("difference", "difference_low", "difference_high", "verdict"),
-    *("n", "n_nan", "n_constant", "seeds", "seed_sd", "parameters", "note"),
+    *("n", "n_nan", "n_constant", "seeds", "seed_sd", *COSTS, "note"),
 ]
 
 

@@ -12,6 +12,7 @@ ROWS = {
     "bare": {"like": "full", "set": {"model.llm": None, "model.body": "none"}},
     "over": {"like": "bare", "set": {"model.note": "with ${run:full} of ${size}", "model.n": 3}},
 }
+GIVEN = [{"test": ["I"], "valid": ["II"]}]
 TREE = {
     "name": "toy",
     "settings": {"llm": None, "size": "small"},
@@ -97,6 +98,24 @@ def test_set_changes_settings_and_the_size_of_a_trial(load):
         load("rows.full.config=x")
 
 
+def test_an_optional_row_that_lacks_a_setting_is_not_chosen(load):
+    every = {name: row | {"optional": name in ("full", "bare")} for name, row in ROWS.items()}
+    changes = {"rows": every | {"last": {"config": "x"}}, "compare": "last"}
+    protocol = load(**changes)
+    # What only needs its run is there, and so is one whose own changes replace the setting.
+    assert protocol.left_out == {"full": "it needs the setting llm; give it with --set llm=VALUE"}
+    assert protocol.chosen(None)[0] == ["bare", "over", "last"]
+    assert protocol.chosen(["full"])[0] == ["full"]
+    assert load("llm=x", **changes).left_out == {}
+    with pytest.raises(UserError, match="compare is 'full', which is no shown row that is always"):
+        load(**changes | {"compare": "full"})
+
+
+def test_minutes_are_of_the_rows_that_have_them(load):
+    assert load().minutes == {}
+    assert load(rows=ROWS | {"trunk": ROWS["trunk"] | {"minutes": 2}}).minutes == {"trunk": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -105,6 +124,11 @@ def test_set_changes_settings_and_the_size_of_a_trial(load):
         (rows(x={"config": "a", "sets": {}}), "unknown key 'rows.x.sets'"),
         ({"compare": None}, "compare = None is not allowed"),
         ({"name": None}, "name = None is not allowed"),
+        ({"folds": {"given": GIVEN, "n": 2}}, "n is of folds that are drawn"),
+        ({"folds": {"exclude": ["I"]}}, "exclude is of folds that are given"),
+        ({"folds": {"given": [*GIVEN, *GIVEN]}}, "I is tested on in two folds"),
+        ({"folds": {"given": [{"test": ["I"], "valid": []}]}}, "valid"),
+        (rows(trunk=ROWS["trunk"] | {"minutes": 0}), "minutes"),
         ({"seeds": [1, 1]}, "seeds are .1, 1.; they must be different"),
         ({"seeds": [-1]}, "not negative"),
         ({"compare": "trunk"}, "compare is 'trunk', which is no shown row"),
@@ -155,3 +179,25 @@ def test_the_installed_protocol_of_gta():
     for row in shown[2:]:  # one change each
         config, overrides = protocol.configuration(row, {"trunk": "/t"})
         assert (config, overrides[:5], len(overrides)) == ("gta", full, 6)
+
+
+def test_the_installed_protocol_of_genes():
+    protocol = load_protocol("protocol_genes")
+    folds = [(fold.test, fold.valid) for fold in protocol.folds.given]
+    assert folds == [
+        (["VII", "IX"], ["II", "VI"]),
+        (["IV"], ["X", "V"]),
+        (["XV", "VIII"], ["XIV", "VI", "I"]),
+    ]
+    assert protocol.folds.exclude == ["XIII", "XVI"]
+    own = ["seq2exp", "unmasked", "promoter_only"]
+    assert protocol.chosen(None) == (own, own)
+    assert set(protocol.left_out) == {"gta", "gta_attention"}
+    given = load_protocol("protocol_genes", ["llm=m"])
+    assert given.chosen(["gta"]) == (["gta"], ["seq2exp", "gta"])
+    assert set(given.minutes) == set(given.rows)
+    small = ['preset="small"', "train.bf16=false"]
+    assert given.configuration("seq2exp", {}) == ("seq2exp", small)
+    config, overrides = given.configuration("gta", {"seq2exp": "/t"})
+    assert config == "gta"
+    assert set(overrides) == {*small, "train.epochs=6", 'model.trunk="/t"', 'model.llm="m"'}

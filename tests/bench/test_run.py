@@ -15,6 +15,7 @@ from sklearn.linear_model import Ridge
 
 import seq2expr.bench.jobs as jobs_module
 from seq2expr.bench.classical import kmer_ridge
+from seq2expr.bench.costs import COSTS
 from seq2expr.bench.grid import lay_out
 from seq2expr.bench.jobs import Job, carry_out
 from seq2expr.bench.page import dots
@@ -187,6 +188,27 @@ def test_controls_learn_from_training_and_validation_genes(world, done):
     assert cell(done, "mean", "value") == 0
 
 
+def test_what_a_run_took_stands_beside_it(done):
+    costs = [
+        json.loads((done.out / f"runs/model/fold{fold}_seed{seed}.cost.json").read_text())
+        for fold in (0, 1)
+        for seed in (0, 1)
+    ]
+    for name in ("train_s", "predict_s"):
+        mean = np.mean([cost[name] for cost in costs])
+        assert cell(done, "model", name) == pytest.approx(mean)
+        assert mean > 0
+    # Two seeds each predict all 40 genes.
+    per_gene = sum(cost["predict_s"] for cost in costs) / 80
+    assert cell(done, "model", "predict_s_per_1000") == pytest.approx(1000 * per_gene)
+    assert cell(done, "model", "peak_mb") == max(cost["peak_mb"] for cost in costs)
+    written = pd.read_csv(done.out / "table.tsv", sep="\t")
+    np.testing.assert_allclose(written[[*COSTS]], done.table[[*COSTS]], rtol=1e-12)
+    page = done.report.read_text()
+    assert all(f">{head}<" in page for head in ("training (s)", "per 1,000 genes (s)"))
+    assert ">peak memory (MB)<" in page
+
+
 def test_trained_parameters_are_counted(done):
     metrics = json.loads((done.out / "runs/model/fold0_seed0/metrics.json").read_text())
     assert cell(done, "model", "parameters") == metrics["members"][0]["parameters"] > 0
@@ -248,7 +270,8 @@ def test_an_interrupted_run_is_the_only_one_that_is_trained(again, done, monkeyp
     monkeypatch.setattr(jobs_module, "train_run", lambda *a: called.append(a) or a[2])
     found = again()
     assert [out for *_, out in called] == [tmp_path / "moved/runs/model/fold1_seed0"]
-    pd.testing.assert_frame_equal(found.table, done.table)
+    again_timed = ["predict_s", "predict_s_per_1000"]
+    pd.testing.assert_frame_equal(*(f.table.drop(columns=again_timed) for f in (found, done)))
 
 
 def test_a_run_that_was_made_otherwise_is_refused(again):
@@ -448,6 +471,40 @@ def test_the_split_of_the_data_set(world, tree, tmp_path):
         lay_out(
             load_protocol(path), data=tmp_path / "d.yaml", root=world.root, systems=None, out=path
         )
+
+
+def test_folds_that_are_given(world, data, tree, tmp_path):
+    path = tmp_path / "p.yaml"
+    given = [{"test": ["chr1"], "valid": ["chr2"]}, {"test": ["chr3"], "valid": ["chr1"]}]
+    path.write_text(format_yaml(tree | {"folds": {"given": given, "exclude": ["chr6", "chr4"]}}))
+    grid = lay_out(
+        load_protocol(path), data=data, root=world.root, systems=None, out=tmp_path / "out"
+    )
+    assert [(s.test, s.valid, s.train) for s in grid.splits] == [
+        (("chr1",), ("chr2",), ("chr3", "chr5")),
+        (("chr3",), ("chr1",), ("chr2", "chr5")),
+    ]
+    assert grid.excluded == ["chr6", "chr4"]
+    job = next(job for job in grid.jobs if job.name == "model/fold1_seed0")
+    assert job.config.data.split.test == ["chr3"]
+    assert job.config.data.exclude_chroms == ["chr6", "chr4"]
+    path.write_text(format_yaml(tree | {"folds": {"given": [given[0] | {"test": ["chrX"]}]}}))
+    with pytest.raises(UserError, match="test names chromosomes without a gene: chrX"):
+        lay_out(load_protocol(path), data=data, root=world.root, systems=None, out=path)
+
+
+def test_an_optional_row_is_left_out_and_named(world, data, tree, done, again, tmp_path):
+    row = {"like": "model", "set": {"data.name": "${llm}"}, "optional": True}
+    changes = {"settings": tree["settings"] | {"llm": None}, "rows": tree["rows"] | {"text": row}}
+    path = tmp_path / "p.yaml"
+    path.write_text(format_yaml(tree | changes))
+    found = again(protocol=path)
+    assert set(found.table["row"]) == set(done.table["row"])
+    why = "it needs the setting llm; give it with --set llm=VALUE"
+    assert found.missing["text"] == why
+    assert f"text is not given</th><td>{why}" in found.report.read_text()
+    with pytest.raises(UserError, match="Row 'text' needs the setting 'llm'"):
+        again(protocol=path, systems=["text"])
 
 
 def test_rows_with_other_labels_are_refused(world, data, tree, tmp_path):

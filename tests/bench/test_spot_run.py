@@ -16,9 +16,11 @@ from seq2expr.bench.spot_jobs import ControlsJob
 from seq2expr.bench.spot_page import section_dots
 from seq2expr.bench.spot_protocol import SpotProtocol
 from seq2expr.bench.spot_run import SpotBenchmark
+from seq2expr.bench.spot_standings import distinct
 from seq2expr.errors import UserError
 from seq2expr.image.labels import label_card
 from seq2expr.image.legacy import read_counts
+from seq2expr.image.panels import Panel
 from seq2expr.simulate_slides import simulate_slides
 from seq2expr.yamlfile import format_yaml, parse_yaml
 
@@ -198,14 +200,21 @@ def test_a_row_below_the_gauge_is_flagged(done):
         assert flagged == (table.loc[row, "value"] < gauge)
 
 
-def test_what_a_run_took_stands_beside_it(done):
+def test_what_a_run_took_stands_beside_it(slides, done):
     (member,) = json.loads((done.out / "runs/own/nsl/fold0_seed0/metrics.json").read_text())[
         "members"
     ]
     assert cell(done, "own", "nsl", "parameters") == member["parameters"] > 0
     assert cell(done, "own", "nsl", "train_s") > 0
     assert cell(done, "own", "nsl", "predict_s") > 0
+    spots = len(truth_of(slides, "A2", []))
+    per_run = cell(done, "own", "nsl", "predict_s")
+    assert cell(done, "own", "nsl", "predict_s_per_1000") == pytest.approx(1000 * per_run / spots)
+    assert cell(done, "own", "nsl", "peak_mb") > 0
     assert np.isnan(cell(done, "own", "colour_ridge", "train_s"))
+    page = done.report.read_text()
+    heads = ["trained parameters", "training (s)", "prediction (s)", "per 1,000 spots (s)"]
+    assert all(f">{head}<" in page for head in [*heads, "peak memory (MB)"])
 
 
 def test_files_are_written(done):
@@ -258,7 +267,41 @@ def test_a_figure_has_a_line_for_every_entry(done):
     figure = section_dots(done.blocks["own"])
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["nsl", "linear", *CONTROLS, *ORACLES]
-    assert len(figure.axes) == 2
+    # The list of the 50 most variable genes is the panel itself.
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["panel (12 genes)"]
+
+
+# Samples
+
+
+def test_what_was_drawn_is_scored(slides, tree, tmp_path):
+    small = {"width": 16, "depth": 1, "heads": 2, "steps": 2, "samples": 4, "patch_px": 48}
+    settings = {f"model.{name}": value for name, value in small.items()} | {"train.epochs": 1}
+    rows = {"nsl": tree["rows"]["nsl"], "stem": {"config": "stem", "set": settings}}
+    blocks = {"other": tree["blocks"]["other"]}
+    change = {"rows": rows, "blocks": blocks, "seeds": [0], "controls": ["train_mean"]}
+    (tmp_path / "p.yaml").write_text(format_yaml(tree | change))
+    found = benchmark(tmp_path / "p.yaml", root=slides, out=tmp_path / "out")
+    table = predictions(found, "other/stem/fold0_seed0")[""]
+    drawn = np.load(tmp_path / "out/runs/other/stem/fold0_seed0.samples.npy")
+    assert drawn.shape == (len(table), 4, len(table.columns))
+    np.testing.assert_allclose(drawn.mean(axis=1), table.to_numpy(), atol=1e-5)
+    truth = truth_of(slides, "A1", list(table.columns)).loc[table.index].to_numpy()
+    pairs = [np.abs(drawn[:, a] - drawn[:, b]) for a in range(4) for b in range(a)]
+    crps = np.abs(drawn - truth[:, None]).mean(axis=1) - np.mean(pairs, axis=0) / 2
+    scores = found.blocks["other"].scores.query("subset == 'panel' and fold == 0")
+    by_row = scores.set_index(["metric", "row"])
+    own = by_row.loc[("crps_per_gene_across_spots", "stem")].squeeze()
+    assert own["value"] == pytest.approx(crps.mean(), abs=1e-5)
+    assert own["note"] == "S = 4"
+    assert by_row.loc[("rvd", "stem"), "note"] == "S = 4"
+    assert by_row.loc[("rvd", "nsl"), "note"] == "S = 1"
+    metrics = found.blocks["other"].metrics.query("subset == 'panel'")
+    covered = metrics.set_index(["metric", "row"])["value"]["coverage_50_per_gene_across_spots"]
+    assert list(covered.index) == ["stem", "nominal"]
+    assert 0 <= covered["stem"] <= 1
+    assert "nominal" not in set(found.blocks["other"].table["row"])
+    assert "Means of S samples: stem (S = 4)." in found.report.read_text()
 
 
 # Resume
@@ -271,12 +314,15 @@ def test_nothing_is_done_twice(done, again):
     pd.testing.assert_frame_equal(found.blocks["own"].table, done.blocks["own"].table)
 
 
-def test_an_interrupted_benchmark_goes_on(done, again):
+def test_an_interrupted_benchmark_goes_on(done, again, caplog):
+    caplog.set_level("INFO", "seq2expr")
     run, trained, out = again
     (out / "runs/other/nsl/fold1_seed0.parquet").unlink()
     shutil.rmtree(out / "runs/other/nsl/fold1_seed0")
     found = run()
     assert trained == ["other/nsl/fold1_seed0"]
+    assert "toy: 8 runs in 2 blocks, 7 done, 1 to train, 1 at a time. About" in caplog.text
+    assert "(1 by runs of the same row). Controls and features of pictures come" in caplog.text
     columns = ["row", "subset", "value", "low", "high"]
     pd.testing.assert_frame_equal(
         found.blocks["other"].table[columns], done.blocks["other"].table[columns]
@@ -291,7 +337,10 @@ def test_a_run_in_a_process_of_its_own_answers_alike(done, again):
     assert trained == []  # here
     ours, theirs = (
         predictions(b, "own/linear/fold0_seed1")[""]
-        for b in (done, SpotBenchmark(out, done.protocol, {}, done.failed))
+        for b in (
+            done,
+            SpotBenchmark(out=out, protocol=done.protocol, blocks={}, failed=done.failed),
+        )
     )
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
 
@@ -369,3 +418,12 @@ def test_fitted_controls_do_not_see_tested_labels(slides, protocol, tmp_path):
 def test_the_stamp_of_a_run_is_kept(done):
     stamp = json.loads((done.out / "runs/own/nsl/fold0_seed0.json").read_text())
     assert set(stamp) == {"configuration", "inputs"}
+
+
+def test_a_list_that_is_the_whole_panel_is_not_given_twice():
+    genes = ("A", "B", "C")
+    whole = Panel("p", genes, {"HEG50": ("C", "B", "A"), "HVG50": ("A", "B", "C")})
+    part = Panel("p", genes, {"HEG50": ("C", "B"), "HVG50": ("A", "B", "C")})
+    assert distinct(["panel", "HEG50", "HVG50"], [whole, whole]) == ["panel"]
+    assert distinct(["panel", "HEG50", "HVG50"], [whole, part]) == ["panel", "HEG50"]
+    assert distinct(["HVG50", "panel"], [whole]) == ["HVG50"]

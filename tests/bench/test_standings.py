@@ -31,7 +31,7 @@ def entry(genes):
         filled = genes.truth.fillna(0.0)
         rngs = {seed: np.random.default_rng([seed, len(name)]) for seed in seeds}
         predicted = {s: filled + noise * rng.normal(size=(N, 2)) for s, rng in rngs.items()}
-        return Entry(name, kind, predicted, parameters=7.0)
+        return Entry(name, kind, predicted, {"parameters": 7.0})
 
     return make
 
