@@ -260,6 +260,19 @@ def read_yaml(source: str | os.PathLike) -> dict[str, Any]:
     return tree
 
 
+def read_data(source: str | os.PathLike) -> DataConfig | SpotDataConfig:
+    """Read a data file, or the ``data:`` of a run file: a path, or the name of an installed one.
+
+    Raises
+    ------
+    UserError
+        When there is none, or it does not fit.
+    """
+    tree = read_yaml(source)
+    tree = {"system": "-", "data": tree.get("data", tree)}
+    return parse_run_config(tree, where=str(source)).data
+
+
 def dump_yaml(config: RunConfig) -> str:
     """Write a configuration as YAML text that reads back to the same configuration."""
     return format_yaml(config.model_dump(mode="json", exclude_none=True))

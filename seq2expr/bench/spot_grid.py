@@ -94,6 +94,12 @@ class OpenBlock:
         """What the labels are, in one line."""
         return self.folds[0].data.label
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What of it stands in the protocol as it was run."""
+        about = {"rows": self.rows, "label": self.label}
+        return about | {"leaky": bool(self.leaks), "leaks": list(self.leaks)}
+
 
 def lay_out(
     protocol: SpotProtocol, *, root: Path, systems: Sequence[str] | None, out: Path

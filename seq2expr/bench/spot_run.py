@@ -114,11 +114,7 @@ def _encode(blocks: Sequence[OpenBlock], waiting: Sequence[Step]) -> None:
 
 
 def _made_from(block: OpenBlock) -> dict[str, Any]:
-    return {
-        "rows": block.rows,
-        "label": block.label,
-        "leaky": bool(block.leaks),
-        "leaks": list(block.leaks),
+    return block.about | {
         "folds": [_parts(one.data.table) | {"panel": one.panel.hash} for one in block.folds],
         "slides": dict(block.inputs),
     }

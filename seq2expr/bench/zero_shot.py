@@ -103,6 +103,7 @@ def benchmark_zero_shot(
         When the protocol, a data set or the folder do not fit, or nothing is left to score.
     """
     check_folder(out, spec.name)
+    # Before the slides are simulated, so that the folder of an interrupted call is known again.
     write_text(out / "protocol.yaml", format_yaml(effective(spec, {})))
     tasks = lay_out(spec, root=root, systems=systems, out=out)
     write_text(out / "protocol.yaml", format_yaml(effective(spec, _made_from(tasks))))
@@ -135,11 +136,8 @@ def benchmark_zero_shot(
 def _made_from(tasks: Sequence[ZeroShotTask]) -> dict[str, Any]:
     """Return what a protocol is run on."""
     return {
-        task.name: {
-            "rows": task.rows,
-            "label": task.opened.label,
-            "leaky": bool(task.opened.leaks),
-            "leaks": list(task.opened.leaks),
+        task.name: task.opened.about
+        | {
             "genes_left_out": len(task.left_out),
             "folds": [
                 {"test": fold.fold.data.split.test, "genes": len(fold.panel.genes)}

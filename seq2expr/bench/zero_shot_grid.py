@@ -41,12 +41,8 @@ class ZeroShotTask:
 
     Parameters
     ----------
-    name
-        Of the block.
-    rows
-        Its rows, in order.
-    folds
-        Its folds; the panels hold all genes that are trained or asked for.
+    opened
+        Its rows, folds and jobs; the panels hold all genes that are trained or asked for.
     families
         Family of each gene, itself where it has none.
     left_out
@@ -57,26 +53,35 @@ class ZeroShotTask:
         Jobs of each row; one that sees all genes has one run for all splits.
     dna
         The job that trains the DNA system, where the block has one.
-    opened
-        The same as a block of :mod:`seq2expr.bench.spot_grid`.
     """
 
-    name: str
-    rows: list[str]
-    folds: list[OpenFold]
+    opened: OpenBlock
     families: dict[str, str]
     left_out: pd.DataFrame
     held: dict[At, Held]
     runs: dict[tuple[str, At], IdeaJob]
     dna: Job | None
-    opened: OpenBlock
+
+    @property
+    def name(self) -> str:
+        """Name of the block."""
+        return self.opened.name
+
+    @property
+    def rows(self) -> list[str]:
+        """Its rows, in order."""
+        return self.opened.rows
+
+    @property
+    def folds(self) -> list[OpenFold]:
+        """Its folds."""
+        return self.opened.folds
 
     @property
     def jobs(self) -> list[Step]:
         """Everything to be done, each after what it needs."""
-        runs = {job.name: job for job in self.runs.values()}
-        needed = any(job.needs for job in runs.values())
-        return [*([self.dna] if needed else []), *runs.values()]
+        needed = any(job.needs for job in self.runs.values())
+        return [*([self.dna] if needed else []), *self.opened.jobs]
 
 
 def lay_out(
@@ -148,10 +153,9 @@ class _Layout:
         first = {row: runs[row, next(iter(held))] for row in rows}
         looks = {row: Look.of(job.config) for row, job in first.items()}
         compare = self.protocol.compared_with(self.name)
-        opened = OpenBlock(self.name, compare, rows, folds, looks, runs, [], {}, inputs)
-        return ZeroShotTask(
-            self.name, rows, folds, groups, left_out, held, runs, self.dna, opened
-        )  # fmt: skip
+        jobs = {job.name: job for job in runs.values()}
+        opened = OpenBlock(self.name, compare, rows, folds, looks, jobs, [], {}, inputs)
+        return ZeroShotTask(opened, groups, left_out, held, runs, self.dna)
 
     def fold_data(self) -> list[Fold]:
         """Return the folds of the block; slides are simulated where they are to be."""

@@ -21,13 +21,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from seq2expr.config import parse_run_config, read_yaml
+from seq2expr.config import read_data
 from seq2expr.dna.genes import select_genes, unversioned
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import data_files
-from seq2expr.learn.predictor import Predictor, match_tracks, open_predictor
+from seq2expr.learn.predictor import Predictor, open_predictor
 from seq2expr.learn.runs import find_run, is_adapter, load_run, run_config, run_manifest
+from seq2expr.learn.source import read_by
 from seq2expr.model.batch import Batch, Prediction
 from seq2expr.model.system import Ensemble, System, members_in
 from seq2expr.model.window_system import WindowSystem
@@ -321,23 +322,15 @@ def _files(
         chosen = run_config(run).data
         root = run_manifest(run)["root"] if root is None else root
     else:
-        tree = read_yaml(data)
-        tree = {"system": "-", "data": tree.get("data", tree)}
-        chosen = parse_run_config(tree, where=str(data)).data
+        chosen = read_data(data)
     if not isinstance(chosen, DataConfig):
         raise UserError(f"{data} names slides; give a data file with genome and gtf.")
-    files, config = data_files(chosen, Path(root or ".")), model.config
-    wanted = config.tracks or []
-    contacts = files.contacts if "contacts" in wanted else None
-    tracks = {name: path for name, path in files.tracks.items() if name in wanted}
+    files = read_by(model, data_files(chosen, Path(root or ".")))
     return replace(
         files,
-        tracks=match_tracks(model, tracks, contacts),
         profiles={},
         swaps=(),
-        contacts=contacts,
-        features=files.features if config.feature_table else None,
-        tss_rule=config.tss_rule,
+        tss_rule=model.config.tss_rule,
         texts=files.texts if "text" in model.needs else (),
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from seq2expr.config import RunConfig, parse_run_config, read_yaml
+from seq2expr.config import RunConfig, read_data
 from seq2expr.dna.inputs import DnaFiles
 from seq2expr.errors import UserError
 from seq2expr.learn.dataset import GeneData, data_files, data_split, open_data
@@ -65,7 +65,7 @@ class Source:
     def predict(self, run: Path, gene_ids: Sequence[str] | None = None) -> pd.DataFrame:
         """Predict genes of the data set with a run, by default all that were not seen."""
         model = load_run(run)
-        files = _read_by(model, data_files(self.data, self.root))
+        files = read_by(model, data_files(self.data, self.root))
         predictor = open_predictor(model, files, batch_size=_BATCH)
         genes = predictor.inputs.genes
         if gene_ids is None:
@@ -102,9 +102,7 @@ def open_source(
     config = run_config(place) if place and (place / "run.yaml").is_file() else None
     chosen = config.data if config else None
     if data is not None:
-        tree = read_yaml(data)
-        tree = {"system": "-", "data": tree.get("data", tree)}
-        chosen = parse_run_config(tree, where=str(data)).data
+        chosen = read_data(data)
     folder = Path(root or ".")
     if root is None and data is None and place and (place / "manifest.json").is_file():
         folder = Path(run_manifest(place)["root"])
@@ -116,7 +114,7 @@ def open_source(
     return Source(place, config, chosen, folder, opened, geometry)
 
 
-def _read_by(model: System | Ensemble, files: DnaFiles) -> DnaFiles:
+def read_by(model: System | Ensemble, files: DnaFiles) -> DnaFiles:
     """Reduce the files of a data set to those that a run reads, in its order."""
     wanted = model.config.tracks or []
     contacts = files.contacts if "contacts" in wanted else None

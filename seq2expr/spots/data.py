@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from seq2expr.config import parse_run_config, read_yaml
+from seq2expr.config import read_data
 from seq2expr.errors import Seq2ExprWarning, UserError
 from seq2expr.image.labels import LabelCard, label_card, library_size
 from seq2expr.image.panels import Panel
@@ -328,9 +328,7 @@ def read_spot_data(source: str | os.PathLike) -> SpotDataConfig:
     UserError
         When there is none, or it describes genes.
     """
-    tree = read_yaml(source)
-    tree = {"system": "-", "data": tree.get("data", tree)}
-    data = parse_run_config(tree, where=str(source)).data
+    data = read_data(source)
     if not isinstance(data, SpotDataConfig):
         raise UserError(f"{source} describes genes. Give a data file with slides.")
     return data

@@ -80,20 +80,6 @@ def tree():
     }
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Write a protocol, changed by a function, and return its path."""
-
-    def made(change=lambda _: None):
-        path = tmp_path / "toy.yaml"
-        changed = tree()
-        change(changed)
-        path.write_text(format_yaml(changed))
-        return path
-
-    return made
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> ZeroShotBenchmark:
     """The finished benchmark; shared, so never changed."""
