@@ -4,6 +4,7 @@ import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,9 @@ PitchUm = Annotated[
 SlideId = Annotated[str | None, typer.Option("--slide-id", help="Name of the slide.")]
 AllSpots = Annotated[
     bool, typer.Option("--all-spots", help="Also spots that are not marked as selected.")
+]
+Samples = Annotated[
+    bool, typer.Option("--samples", help="Keep the samples of a run that draws any (stem).")
 ]
 Genes = Annotated[
     str | None, typer.Option("--genes", help="all, a comma list, or a file of ids or names.")
@@ -159,6 +163,7 @@ def predict(
     pitch_um: PitchUm = None,
     slide_id: SlideId = None,
     all_spots: AllSpots = False,
+    samples: Samples = False,
     data: Data = None,
     root: Root = None,
     adapter: Adapter = None,
@@ -178,7 +183,7 @@ def predict(
     result = predict(
         run, adapter=adapter, genome=genome, gtf=gtf, genes=genes, slide=slide, spots=spots,
         grid_um=grid_um, mpp=mpp, pitch_um=pitch_um, slide_id=slide_id,
-        all_spots=all_spots or None, data=data, root=root,
+        all_spots=all_spots or None, samples=samples or None, data=data, root=root,
         tracks=_pairs(track, "--track") or None, features=features, tss=tss, contacts=contacts,
         blacklist=blacklist, text=text, chrom_map=chrom_map, out=out, verify=verify,
     )  # fmt: skip
@@ -326,7 +331,7 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("seq2expr").setLevel(logging.DEBUG if debug else logging.INFO)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _shower()
     try:
         app(prog_name="seq2expr")
     except UserError as error:
@@ -373,7 +378,14 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, str]:
     return pairs
 
 
-def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
-    """Show our own warnings as one line, and nobody else's."""
-    if issubclass(category, Seq2ExprWarning) and is_main_process():
-        typer.echo(f"warning: {message}", err=True)
+def _shower() -> Callable[..., None]:
+    """Return what shows our own warnings as one line each, once, and nobody else's."""
+    shown: set[str] = set()  # Python forgets what it showed whenever a filter changes
+
+    def show(message: Any, category: type[Warning], *_: Any) -> None:
+        text = f"warning: {message}"
+        if issubclass(category, Seq2ExprWarning) and is_main_process() and text not in shown:
+            shown.add(text)
+            typer.echo(text, err=True)
+
+    return show

@@ -195,7 +195,7 @@ DNA_INPUTS = (
     *("genome", "gtf", "tracks", "features", "tss", "contacts", "blacklist", "text"),
     "chrom_map",
 )
-SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots", "root")
+SLIDE_INPUTS = ("spots", "grid_um", "mpp", "pitch_um", "slide_id", "all_spots", "samples", "root")
 
 
 EDITS = (

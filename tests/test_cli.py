@@ -4,12 +4,15 @@ import errno
 import gzip
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+from seq2expr import cli
+from seq2expr.errors import Seq2ExprWarning
 from seq2expr.store import ArrayWriter
 from tests.conftest import write_bigwig
 
@@ -496,6 +499,18 @@ def test_a_warning_is_one_line_and_no_error(predict, files, tmp_path):
     (line,) = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
     assert "1 of" in line
     assert "have no strand" in line
+
+
+def test_a_warning_is_said_once_whatever_filters_change(call, monkeypatch):
+    def work(**_):
+        for text in ("small", "large", "small"):
+            with warnings.catch_warnings():  # Python forgets what it said
+                warnings.simplefilter("default")
+                warnings.warn(text, Seq2ExprWarning, stacklevel=1)
+        sys.exit(0)
+
+    monkeypatch.setattr(cli, "app", work)
+    assert call().err == "warning: small\nwarning: large\n"
 
 
 # Evaluation

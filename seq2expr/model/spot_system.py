@@ -133,6 +133,11 @@ class SpotConfig(SystemConfig):
         return False
 
     @property
+    def draws(self) -> int:
+        """Samples that a spot is answered by; 0 where each gene has one number."""
+        return 0
+
+    @property
     def sight(self) -> "SpotConfig":
         """The configuration that says what of a picture is read: of a wrapper, the wrapped one."""
         return self

@@ -408,7 +408,7 @@ def _spread(predicted: "AnnData", at: np.ndarray) -> Spread | None:
 def _without_samples(predicted: "AnnData") -> list[str]:
     """Say why there is no CRPS, where a file has kept the quantiles of its samples only."""
     if "samples" in predicted.uns.get("seq2expr", {}) and SAMPLES not in predicted.obsm:
-        return ["The file holds no samples, so there is no CRPS; predict with samples=True."]
+        return ["The file holds no samples, so there is no CRPS; predict with --samples."]
     return []
 
 

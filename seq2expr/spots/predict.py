@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from seq2expr.errors import UserError
 from seq2expr.image.patches import PatchSpec
 from seq2expr.learn.chunks import check_ids, in_chunks
 from seq2expr.learn.runs import find_run
@@ -225,7 +226,7 @@ def predict_spots(
     all_spots
         Also spots that are not marked as selected or in tissue.
     samples
-        Keep the samples of a system that has any, in ``obsm["predicted_samples"]`` [spots, S,
+        Keep the samples of a system that draws any, in ``obsm["predicted_samples"]`` [spots, S,
         genes]: each is of all genes together, and a CRPS needs them.
     out
         ``.h5ad``; what could not be predicted goes to ``<out>.skipped.tsv``.
@@ -253,6 +254,11 @@ def predict_spots(
         text=text,
         all_spots=all_spots,
     )
+    if samples and not request.model.config.draws:
+        raise UserError(
+            f"--samples (samples=True) is given, and {run} answers each gene by one number. Leave "
+            "it out, or ask a run of stem (model.objective=diffusion)."
+        )
     predictor = open_predictor(request.model, request.slides, new=request.new, verify=verify)
     genes = [*request.genes, *(request.new.genes if request.new else ())]
     made_by = find_run(run if adapter is None else adapter)

@@ -127,7 +127,13 @@ class AGLConfig(WrapperConfig):
         self.grid = list(self.grid or (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0))
         self._check_numbers()
         super().__post_init__(**kwargs)
-        if (self.sight.head or {}).get("kind") == "identity":
+        wrapped = self.sight
+        if wrapped.draws:
+            raise UserError(
+                f"model.wraps is {self.wraps!r}, which draws all genes of a spot together, so "
+                "that the panel cannot be answered alone. Wrap a regression, such as triplex."
+            )
+        if (wrapped.head or {}).get("kind") == "identity":
             raise UserError(
                 f"model.wraps is {self.wraps!r}, in which genes share no weights, so that others "
                 "cannot help. Wrap a system with a shared trunk, such as triplex."

@@ -150,6 +150,11 @@ class StemConfig(SpotConfig):
             self.token_mean = self.token_sd = None
         super().__post_init__(**kwargs)
 
+    @property
+    def draws(self) -> int:
+        """Samples that a spot is answered by."""
+        return self.samples if self.objective == "diffusion" else 0
+
     def _check_sampling(self) -> None:
         if not self.mlp_ratio > 0:
             raise UserError(f"model.mlp_ratio is {self.mlp_ratio!r}; it must be above 0.")

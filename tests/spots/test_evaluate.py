@@ -338,5 +338,5 @@ def test_samples_of_a_file_are_scored_as_those_of_the_run(slides, drawing_run, t
     assert CRPS not in set(bare.scores.summary["metric"])
     assert full.notes == []
     assert bare.notes == [
-        "The file holds no samples, so there is no CRPS; predict with samples=True."
+        "The file holds no samples, so there is no CRPS; predict with --samples."
     ]

@@ -378,6 +378,22 @@ def test_samples_are_kept_when_asked(slides, drawing_run):
     )
 
 
+def test_the_command_line_keeps_samples(slides, drawing_run, call, tmp_path):
+    expected = slides.predict(drawing_run, samples=True).adata
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in slides.ask("C1").items()]
+    out = tmp_path / "expr.h5ad"
+    answer = call("predict", drawing_run, *asked, "--samples", "--out", out)
+    assert answer.code == 0, answer.err
+    found = anndata.read_h5ad(out).obsm["predicted_samples"]
+    np.testing.assert_array_equal(found, expected.obsm["predicted_samples"])
+
+
+def test_a_run_that_draws_no_samples_says_so(slides, run, tmp_path):
+    with pytest.raises(UserError, match="answers each gene by one number"):
+        slides.predict(run, samples=True, out=tmp_path / "expr.h5ad")
+    assert names_of(tmp_path) == []
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_samples_do_not_depend_on_batches(slides, drawing_run, monkeypatch, size):
     expected = slides.predict(drawing_run, samples=True).adata

@@ -384,6 +384,7 @@ def test_presets_build_what_they_name(preset):
         ({"wraps": "seq2exp"}, "model.wraps is 'seq2exp'; it can be an image system"),
         ({"wraps": "hescape"}, "'hescape', which pairs a patch with the expression"),
         ({"wraps": "nsl", "inner": {}, "head": None, "encoder": "od"}, "genes share no weights"),
+        ({"wraps": "stem", "inner": {}, "head": None}, "'stem', which draws all genes"),
         ({"inner": {"widht": 3}}, "settings of triplex: Unknown key 'model.widht'"),
         ({"inner": {"encoder": "od"}}, "model.inner.encoder is set; set model.encoder"),
         ({"k": "some"}, "model.k is 'some'; it can be learned, all, primary, grid, or a number"),
