@@ -30,6 +30,8 @@ warnings.filterwarnings(  # of peft about transformers, at every load
     "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
 )
 
+_OF_SPOTS = ("panel.json", "bank")  # what a run of slides has further: see seq2expr.spots.train
+
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Largest change by merging, in standard deviations of the target, by precision."""
 
@@ -321,6 +323,10 @@ def merge_adapter(
         shutil.copy(source / "member.json", target)
     for name in ("run.yaml", "metrics.json"):
         shutil.copy(place / name, out)
+    for kept in (place / name for name in _OF_SPOTS):
+        if kept.exists():
+            copy = shutil.copytree if kept.is_dir() else shutil.copy
+            copy(kept, out / kept.name)
     manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
     write_text(out / "manifest.json", json.dumps(manifest | {"merged": change}, indent=1) + "\n")
     return Merged(out, change)

@@ -6,6 +6,7 @@ from seq2expr.config import RunConfig
 from seq2expr.errors import UserError
 from seq2expr.learn.adapters import system_of
 from seq2expr.learn.finetune import Tuning, build_member, geometry_of, of_base
+from seq2expr.learn.seen import home_of
 from seq2expr.learn.task import Task
 from seq2expr.model.system import members_of
 from seq2expr.schema import SpotDataConfig
@@ -29,7 +30,7 @@ def _prepare(config: RunConfig, base: Path, root: Path) -> Task:
         system_of(build_member(members, config, None, member)).encoder
         for member in range(len(members))
     ]
-    material = open_material(config, geometry, root, encoders=encoders)
+    material = open_material(config, geometry, root, encoders=encoders, base=home_of(base))
     fitted = fit_targets(material, geometry)
     renewed = None
     if (fitted["targets"], fitted["label"]) != (geometry.targets, geometry.label):

@@ -16,9 +16,17 @@ FOLDER = "bank"
 
 
 def open_bank(
-    sight: SpotConfig, panel: Panel, tables: Sequence[Path], slides: Mapping[str, SpotSlide]
+    sight: SpotConfig,
+    panel: Panel,
+    tables: Sequence[Path],
+    slides: Mapping[str, SpotSlide],
+    *,
+    base: Path | None = None,
 ) -> Bank | None:
     """Embed texts or windows of a panel as a configuration says; None where it reads none.
+
+    With ``base``, a run that goes on with this panel, they are embedded as its own genes were: a
+    bank that is fitted anew has other axes than those that the run has learned.
 
     Raises
     ------
@@ -28,6 +36,9 @@ def open_bank(
     wanted = sight.known_by
     if not wanted:
         return None
+    names = names_of(panel.genes, slides)
+    if base is not None:
+        return load_bank(base / FOLDER).embed(panel.genes, tables or None, gene_names=names)
     if "text" in wanted and not tables:
         raise UserError(
             f"{sight.model_type} reads texts of its genes, and data.text names no table. Name one "
@@ -35,7 +46,6 @@ def open_bank(
             "model.text=none."
         )
     settings = BankSettings.of(sight.bank)
-    names = names_of(panel.genes, slides)
     make = {
         "text": lambda: build_bank(panel.genes, tables, gene_names=names, **settings.of_text),
         "dna": lambda: SiteBank.build(panel.genes, gene_names=names, **settings.dna.model_dump()),

@@ -227,11 +227,13 @@ def open_material(
     root: Path,
     *,
     encoders: Sequence[PatchEncoder] = (),
+    base: Path | None = None,
 ) -> SpotMaterial:
     """Open the slides for a system of this geometry; choose the panel on training spots.
 
     The encoders are those of the members, by default the one that the geometry names; features are
-    kept where they are the same for all.
+    kept where they are the same for all. Genes are known as the base knows its own, if there is
+    one.
     """
     encoders = encoders or [build_encoder(geometry.encoder)]
     system = spot_system(config.system)
@@ -242,6 +244,7 @@ def open_material(
     panel = data.fit_panel(config.data.panel, root)
     others = data.other_genes(panel) if geometry.reads_auxiliary else None
     inputs = _open_inputs(data, geometry, encoders, turned=config.train.dihedral)
+    tables = [root / table for table in config.data.text]
     return SpotMaterial(
         config,
         data,
@@ -249,7 +252,7 @@ def open_material(
         _reader(data, inputs, panel, others, geometry, system),
         leaks,
         others,
-        open_bank(sight, panel, [root / table for table in config.data.text], data.slides),
+        open_bank(sight, panel, tables, data.slides, base=base),
     )
 
 

@@ -7,8 +7,10 @@ from typer.testing import CliRunner
 
 from seq2expr.cli import app
 from seq2expr.errors import Seq2ExprWarning, UserError
+from seq2expr.learn.runs import load_run
 from seq2expr.text.bank import GeneBank
-from seq2expr.verbs import predict, train
+from seq2expr.verbs import finetune, predict, train
+from tests.slides import write_data
 
 DKAN = """
 system: dkan
@@ -25,6 +27,19 @@ model:
   expression_path: *one
   bank: {dim: 6}
 train: {epochs: 2, batch_size: 32, learning_rate: 1e-2, slides_per_batch: 1}
+"""
+TRIPLEX = """
+system: triplex
+model:
+  encoder: {kind: colour}
+  patch_um: 64
+  patch_px: 32
+  use_window: false
+  use_slide: false
+  width: 8
+  fusion: {depth: 1, heads: 2, mlp_ratio: 1, dropout: 0}
+  head: {kind: genebank, hidden: 8, depth: 0, loss: mse}
+  bank: {dim: 6}
 """
 
 
@@ -83,6 +98,33 @@ def test_genes_that_were_not_trained_are_answered_by_their_text(slides, told, pa
     np.testing.assert_allclose(alone.X, answer.X[:, 2:], rtol=1e-4, atol=1e-5)
     assert answer.X[:, 1:].std() > 0
     assert not np.allclose(answer.X[:, 1], answer.X[:, 2])
+
+
+def test_fine_tuning_keeps_the_axes_that_texts_have(slides, panel, texts, tmp_path):
+    (tmp_path / "triplex.yaml").write_text(TRIPLEX)
+    one = {"root": slides.root, "overrides": ["train.epochs=1"]}
+    old = write_data(tmp_path / "old.yaml", slides.tree | {"text": [str(texts)]})
+    base = train(tmp_path / "triplex.yaml", data=old, out=tmp_path / "base", **one)
+    genes = [*panel[5:], *other_genes(panel)]
+    (tmp_path / "genes.txt").write_text("\n".join(genes))
+    words = pd.read_csv(texts, sep="\t")
+    words["text"] = words["text"].str.cat(["of another edition", "of late"] * 15, sep=" ")
+    words.to_csv(tmp_path / "later.tsv", sep="\t", index=False)
+    told_of = {"panel": str(tmp_path / "genes.txt"), "text": [str(tmp_path / "later.tsv")]}
+    new = write_data(tmp_path / "new.yaml", slides.tree | told_of)
+    merged, out = tmp_path / "merged", tmp_path / "tuned"
+    finetune(base, data=new, adapter="head", out=out, merge=merged, **one)
+    before = GeneBank.load(base / "bank")
+    for run in (out, merged):
+        bank = GeneBank.load(run / "bank")
+        assert list(bank.genes) == genes
+        np.testing.assert_array_equal(bank.vectors[:15], before.vectors[5:])
+        expected = before.embed(genes, [tmp_path / "later.tsv"]).vectors
+        np.testing.assert_array_equal(bank.vectors, expected)
+        np.testing.assert_array_equal(load_run(run).head.vectors.numpy(), expected)
+        assert (run / "panel.json").is_file()
+    answer = slides.predict(merged, genes=panel[0], text=[texts]).adata
+    assert answer.var["trained"].tolist() == [False]
 
 
 def test_a_gene_without_a_text_is_skipped_and_said(slides, told, panel, texts, tmp_path):
