@@ -223,12 +223,14 @@ def _choose_rows(
         foreign = chrom.isna().to_numpy()
         biotype = predicted["gene_id"].map(genes["biotype"])
         other = ~foreign & ~biotype.isin(source.data.biotypes or genes["biotype"]).to_numpy()
-        use = known & ~seen & ~foreign & ~other
+        excluded = chrom.isin(source.data.exclude_chroms).to_numpy()
+        use = known & ~seen & ~excluded & ~foreign & ~other
         left_out = {
             "have no measurement": ~known,
             "lie on chromosomes trained or validated on": known & seen,
+            "lie on chromosomes that the data set excludes": known & ~seen & excluded,
             "are not in the annotation of the data set": known & foreign,
-            "are of another biotype": known & ~seen & other,
+            "are of another biotype": known & ~seen & ~excluded & other,
         }
         notes = [
             f"{int(m.sum()):,} genes {why}: not scored." for why, m in left_out.items() if m.any()

@@ -307,6 +307,13 @@ def test_other_biotypes_are_not_scored(world, trained, tmp_path):
     assert found.predictions["gene_id"].tolist() == truth_of(world).index[42:].tolist()
 
 
+def test_genes_of_excluded_chromosomes_are_not_scored(world, evaluated, tmp_path):
+    run = world.train(tmp_path / "run", "data.exclude_chroms=[chr1]", "train.epochs=1")
+    found = evaluate(run, truth=world.simulation.expression)
+    assert found.notes == ["8 genes lie on chromosomes that the data set excludes: not scored."]
+    assert found.predictions["gene_id"].tolist() == evaluated.predictions["gene_id"].tolist()
+
+
 # Verdicts and files
 
 
